@@ -1,0 +1,62 @@
+"""The operations as modules: settings at construction, tensors at the call."""
+
+from torch import Tensor, nn
+
+from kdfast.ops.kd_loss import kd_loss
+
+
+class KDLoss(nn.Module):
+    """`kdfast.kd_loss` as a module; every keyword means what it means there.
+
+    Example:
+        >>> distill = kdfast.KDLoss(temperature=2.0, alpha=0.5)
+        >>> loss = distill(student_logits, teacher_logits, labels)
+    """
+
+    def __init__(
+        self,
+        *,
+        divergence: str = "forward_kl",
+        beta: float = 0.5,
+        temperature: float | Tensor = 1.0,
+        teacher_temperature: float | Tensor | None = None,
+        scale_t2: bool = True,
+        alpha: float = 1.0,
+        ignore_index: int = -100,
+        vocab_size: int | None = None,
+        reduction: str = "mean",
+        return_parts: bool = False,
+        overwrite_student_logits: bool = False,
+    ) -> None:
+        super().__init__()
+        self.divergence = divergence
+        self.beta = beta
+        self.temperature = temperature
+        self.teacher_temperature = teacher_temperature
+        self.scale_t2 = scale_t2
+        self.alpha = alpha
+        self.ignore_index = ignore_index
+        self.vocab_size = vocab_size
+        self.reduction = reduction
+        self.return_parts = return_parts
+        self.overwrite_student_logits = overwrite_student_logits
+
+    def settings(self) -> dict[str, object]:
+        """The keywords that the function is called with."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "training"}
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor | None = None,
+        *,
+        token_weight: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        return kd_loss(
+            student_logits, teacher_logits, labels, token_weight=token_weight, num_items=num_items, **self.settings()
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())

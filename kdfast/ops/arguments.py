@@ -1,0 +1,69 @@
+"""What the operations ask of their arguments. Every error names the argument, what came and what was expected."""
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must be one of {FLOATING}, got {tensor.dtype}")
+
+
+def check_detached(name: str, tensor: object) -> None:
+    if isinstance(tensor, Tensor) and tensor.requires_grad:
+        raise ValueError(
+            f"{name} requires grad, and gradients flow to the student alone: "
+            f"compute it under torch.no_grad(), or pass {name}.detach()"
+        )
+
+
+def check_same_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like the student, got {tensor.device}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple, meaning: str) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have {meaning} {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def check_per_token(name: str, tensor: Tensor, tokens: tuple, device: torch.device, dtypes: tuple) -> None:
+    """A tensor with one value per token: labels, weights, temperatures."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be one of {dtypes}, got {tensor.dtype}")
+    check_shape(name, tensor, tokens, "the logits' leading shape")
+    check_same_device(name, tensor, device)
+    check_detached(name, tensor)
+
+
+def check_number(name: str, number: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(number).__name__}")
+    inside = (low < number if open_low else low <= number) and number <= high and number < math.inf
+    if not inside:
+        raise ValueError(f"{name} must be {_interval(low, high, open_low)}, got {number}")
+
+
+def _interval(low: float, high: float, open_low: bool) -> str:
+    lower = f"above {low:g}" if open_low else f"at least {low:g}"
+    return f"finite and {lower}" if high == math.inf else f"{lower} and at most {high:g}"
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def values_are_checked(device: torch.device) -> bool:
+    """Whether to look at values: always on the CPU, elsewhere only for KDFAST_DEBUG=1, because it synchronises."""
+    return device.type == "cpu" or os.environ.get("KDFAST_DEBUG", "0") == "1"

@@ -1,0 +1,426 @@
+"""Distillation between two dense sets of logits: `kd_loss`.
+
+Read from the bottom: the public function checks its arguments, the autograd function keeps the gradient that the
+forward pass computed, the operator normalises layouts and reduces, and a backend sweeps the rows.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kdfast import reference
+from kdfast.ops import registry
+from kdfast.ops.arguments import (
+    FLOATING,
+    INTEGER,
+    check_choice,
+    check_detached,
+    check_floating,
+    check_number,
+    check_per_token,
+    check_same_device,
+    check_shape,
+    values_are_checked,
+)
+from kdfast.ops.gradient import graph_is_retained, refuse_double_backward, scale_gradient
+from kdfast.reference import DIVERGENCES
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def _cpp_rows(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    token_weight: Tensor | None,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
+    grad_scale: Tensor | None,
+    gradient: Tensor | None,
+    *,
+    divergence: str,
+    beta: float,
+    scale_t2: bool,
+    alpha: float,
+    ignore_index: int,
+    vocab_size: int,
+    need_hard: bool,
+) -> Tensor:
+    real = torch.float64 if student.dtype == torch.float64 else torch.float32
+    rows = student.shape[0] * student.shape[1]
+    losses = student.new_empty((3, rows), dtype=real)
+
+    # The kernel sees addresses: `keep` holds every tensor that a conversion made until it has returned.
+    keep = []
+
+    def per_row(values: Tensor | None, dtype: torch.dtype) -> tuple[int, int]:
+        """The address of one value per row, and the step between them: 0 repeats a single value."""
+        if values is None:
+            return 0, 0
+        values = values.to(dtype).contiguous()
+        keep.append(values)
+        return values.data_ptr(), int(values.numel() > 1)
+
+    def temperature_rows(value: float | Tensor) -> tuple[int, int]:
+        return per_row(value if isinstance(value, Tensor) else torch.tensor([value], dtype=real), real)
+
+    def matrix(values: Tensor | None) -> tuple[int, int, int, str]:
+        """Address, strides of the two leading dimensions and dtype."""
+        if values is None:
+            return 0, 0, 0, "float32"
+        return values.data_ptr(), values.stride(0), values.stride(1), str(values.dtype).removeprefix("torch.")
+
+    if (teacher.dtype == torch.float64) != (student.dtype == torch.float64):
+        teacher = teacher.to(real)
+    registry.extension().kd_loss_rows(
+        student=matrix(student),
+        teacher=matrix(teacher),
+        gradient=matrix(gradient),
+        outer_rows=student.shape[0],
+        inner_rows=student.shape[1],
+        width=student.shape[2],
+        vocab_size=vocab_size,
+        labels=per_row(labels, torch.int64)[0],
+        ignore_index=ignore_index,
+        token_weight=per_row(token_weight, real),
+        temperature=temperature_rows(temperature),
+        teacher_temperature=temperature_rows(teacher_temperature),
+        grad_scale=per_row(grad_scale, real),
+        losses=losses.data_ptr(),
+        divergence=DIVERGENCES.index(reference.canonical_divergence(divergence, beta)),
+        beta=beta,
+        alpha=alpha,
+        scale_t2=scale_t2,
+        need_hard=labels is not None and (need_hard or alpha < 1),
+        threads=torch.get_num_threads(),
+    )
+    return losses
+
+
+def _triton_rows(student: Tensor, *args: object, **kwargs: object) -> Tensor:
+    from kdfast.kernels.kd_loss import kd_loss_rows
+
+    return kd_loss_rows(student, *args, **kwargs)
+
+
+def _torch_rows(student: Tensor, teacher: Tensor, *per_token: Tensor | float | None, **options: object) -> Tensor:
+    leading = student.shape[:2]
+    *per_token, grad_scale, gradient = per_token
+    per_token = [value.view(leading) if isinstance(value, Tensor) else value for value in per_token]
+    if grad_scale is not None and grad_scale.numel() > 1:
+        grad_scale = grad_scale.view(leading)
+    return reference.kd_loss_rows(student, teacher, *per_token, grad_scale, gradient, **options).flatten(1)
+
+
+BACKENDS = {"cpp": _cpp_rows, "triton": _triton_rows, "torch": _torch_rows}
+
+
+def _as_rows(logits: Tensor) -> Tensor:
+    """`[outer, inner, V]` with unit stride along V: a view where strides allow, so that `logits[:, :-1]` is not copied."""
+    *leading, width = logits.shape
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    inner = leading[-1] if leading else 1
+    return logits.reshape(math.prod(leading[:-1]), inner, width)
+
+
+def _check_values(
+    labels: Tensor | None, temperatures: dict[str, Tensor | None], ignore_index: int, vocab_size: int
+) -> None:
+    if labels is not None:
+        outside = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
+        if outside.any():
+            raise ValueError(
+                f"labels must be in [0, {vocab_size}) or ignore_index={ignore_index}, got {labels[outside][0].item()}"
+            )
+    for name, temperature in temperatures.items():
+        if temperature is not None and not ((temperature > 0) & temperature.isfinite()).all():
+            raise ValueError(f"{name} must be finite and above 0 for every token")
+
+
+registry.library.define(
+    "kd_loss_forward(Tensor student_logits, Tensor teacher_logits, Tensor? labels, Tensor? token_weight, "
+    "Tensor? temperature_per_token, Tensor? teacher_temperature_per_token, Tensor? num_items, Tensor? incoming, "
+    "Tensor(a!)? gradient, *, str divergence, float beta, float temperature, float teacher_temperature, "
+    "bool scale_t2, float alpha, int ignore_index, SymInt vocab_size, str reduction, bool need_parts"
+    ") -> (Tensor total, Tensor soft, Tensor hard)"
+)
+
+
+def _result_dtype(student_logits: Tensor) -> torch.dtype:
+    return torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+
+
+@torch.library.impl(registry.library, "kd_loss_forward", "CompositeExplicitAutograd")
+def _kd_loss_forward(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    token_weight: Tensor | None,
+    temperature_per_token: Tensor | None,
+    teacher_temperature_per_token: Tensor | None,
+    num_items: Tensor | None,
+    incoming: Tensor | None,
+    gradient: Tensor | None,
+    *,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    teacher_temperature: float,
+    scale_t2: bool,
+    alpha: float,
+    ignore_index: int,
+    vocab_size: int,
+    reduction: str,
+    need_parts: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    device, leading = student_logits.device, student_logits.shape[:-1]
+    if values_are_checked(device):
+        temperatures = {"temperature": temperature_per_token, "teacher_temperature": teacher_temperature_per_token}
+        _check_values(labels, temperatures, ignore_index, vocab_size)
+    rows = registry.select("kd_loss", BACKENDS, student_logits)
+
+    grad_scale = None if incoming is None else incoming.flatten().double()
+    inverse_divisor = None
+    if reduction == "mean":
+        counted = leading.numel() if labels is None else (labels != ignore_index).sum()
+        divisor = torch.as_tensor(counted if num_items is None else num_items, dtype=torch.float64, device=device)
+        # Without a counted token every term is an exact 0, which 0 / 0 must not spoil.
+        inverse_divisor = torch.where(divisor > 0, 1 / divisor, 0.0)
+        grad_scale = inverse_divisor if grad_scale is None else grad_scale * inverse_divisor
+
+    losses = rows(
+        _as_rows(student_logits),
+        _as_rows(teacher_logits),
+        *(None if x is None else x.flatten() for x in (labels, token_weight)),
+        temperature if temperature_per_token is None else temperature_per_token.flatten(),
+        teacher_temperature if teacher_temperature_per_token is None else teacher_temperature_per_token.flatten(),
+        None if grad_scale is None else grad_scale.to(_result_dtype(student_logits)),
+        None if gradient is None else _as_rows(gradient),
+        divergence=divergence,
+        beta=beta,
+        scale_t2=scale_t2,
+        alpha=alpha,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        need_hard=need_parts,
+    )
+
+    def reduce(per_token: Tensor) -> Tensor:
+        if reduction == "none":
+            return per_token.reshape(leading).clone()
+        total = per_token.sum(dtype=torch.float64)
+        return (total if inverse_divisor is None else total * inverse_divisor).to(per_token.dtype)
+
+    if need_parts:
+        return reduce(losses[0]), reduce(losses[1]), reduce(losses[2])
+    return reduce(losses[0]), losses.new_empty(0), losses.new_empty(0)
+
+
+@torch.library.register_fake("kdfast::kd_loss_forward", lib=registry.library)
+def _(student_logits: Tensor, *args: object, reduction: str, need_parts: bool, **kwargs: object):
+    shape = student_logits.shape[:-1] if reduction == "none" else ()
+    dtype = _result_dtype(student_logits)
+    return tuple(student_logits.new_empty(shape if kept else (0,), dtype=dtype) for kept in (True, need_parts, need_parts))
+
+
+class _KDLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student_logits, *inputs_and_settings):
+        *inputs, overwrite, settings = inputs_and_settings
+        ctx.settings, ctx.overwrite = settings, overwrite
+        # A float16 gradient waits for the backward pass: a loss scale of 65536 must reach it before it is rounded.
+        ctx.deferred = student_logits.dtype == torch.float16
+        gradient = None
+        if ctx.needs_input_grad[0] and not ctx.deferred:
+            gradient = student_logits if overwrite else _empty_gradient(student_logits)
+        outputs = torch.ops.kdfast.kd_loss_forward(student_logits, *inputs, None, gradient, **settings)
+        ctx.save_for_backward(*((student_logits, *inputs) if ctx.deferred else (gradient,)))
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx, incoming, *_):
+        refuse_double_backward("kd_loss")
+        if ctx.deferred:
+            student_logits, *inputs = ctx.saved_tensors
+            overwrite = ctx.overwrite and not graph_is_retained()
+            gradient = student_logits.detach() if overwrite else _empty_gradient(student_logits)
+            torch.ops.kdfast.kd_loss_forward(student_logits, *inputs, incoming, gradient, **ctx.settings)
+        else:
+            gradient = scale_gradient(ctx.saved_tensors[0].detach(), incoming)
+        return gradient, *[None] * 8
+
+
+def _empty_gradient(logits: Tensor) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    scale_t2: bool = True,
+    alpha: float = 1.0,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    return_parts: bool = False,
+    overwrite_student_logits: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Knowledge-distillation loss between two sets of logits, with the hard-label term from the same sweep.
+
+    With p = softmax(t / T_t), q = softmax(s / T) over the vocabulary, each token's loss is
+
+        token_weight · (alpha · T² · D(p, q) + (1 − alpha) · CE(softmax(s), label))
+
+    after Hinton et al. 2015, "Distilling the Knowledge in a Neural Network". D is chosen by `divergence`:
+
+        forward_kl       KL(p‖q)
+        reverse_kl       KL(q‖p)
+        jsd              β·KL(p‖m) + (1−β)·KL(q‖m), m = βp + (1−β)q  (Agarwal et al. 2024; β=0, 1: forward, reverse KL)
+        skew_forward_kl  KL(p‖βp + (1−β)q)                           (Ko et al. 2024, DistiLLM)
+        skew_reverse_kl  KL(q‖(1−β)p + βq)
+        tvd              ½ Σ |p − q|
+
+    Args:
+        student_logits: `[..., V_s]`, float32, bfloat16, float16 or float64. Gradients flow here and nowhere else.
+        teacher_logits: `[..., V_t]`, the same leading shape and device; its dtype may differ.
+        labels: `[...]`, integers. A token labelled `ignore_index` counts for nothing, whatever its logits hold.
+        divergence: the soft term, see above.
+        beta: the mixture weight of jsd and the skewed divergences, in [0, 1].
+        temperature: the student's T, a number or one value per token `[...]`.
+        teacher_temperature: the teacher's T_t; None takes the student's.
+        scale_t2: multiply the soft term by T², which keeps its gradients' size independent of T.
+        alpha: the soft term's share, in [0, 1]; below 1 it needs labels. The hard term is always at temperature 1.
+        ignore_index: the label of tokens that do not count.
+        token_weight: `[...]`, multiplies each token's loss; the mean still divides by the number of counted tokens.
+        vocab_size: the columns that exist. Columns at and beyond it are padding on either side: no probability, zero
+            gradient. Needed when V_s and V_t differ.
+        reduction: "mean" over counted tokens, "sum", or "none" for the leading shape.
+        num_items: replaces the number of counted tokens as the mean's divisor, for gradient accumulation.
+        return_parts: return `(total, soft, hard)`; soft is D and hard is CE, reduced like the total but without alpha
+            and T², both detached. hard is 0 without labels.
+        overwrite_student_logits: let the gradient take the storage of the logits, which are lost: a training step then
+            allocates nothing of their size. torch.compile plans memory by itself and leaves the logits alone.
+
+    Returns:
+        The loss, float32 (float64 for float64 logits): 0-d, or `[...]` for reduction="none". No counted token: 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+
+    Example:
+        >>> loss = kdfast.kd_loss(student_logits, teacher_logits, labels, temperature=2.0, alpha=0.5)
+        >>> loss.backward()
+    """
+    check_floating("student_logits", student_logits)
+    check_floating("teacher_logits", teacher_logits)
+    check_detached("teacher_logits", teacher_logits)
+    device, tokens = student_logits.device, student_logits.shape[:-1]
+    check_same_device("teacher_logits", teacher_logits, device)
+    if student_logits.dim() == 0 or teacher_logits.dim() == 0:
+        raise ValueError("student_logits and teacher_logits must have a vocabulary dimension, got a 0-d tensor")
+    check_shape("teacher_logits", teacher_logits[..., 0], tokens, "the student's leading shape")
+    vocab_size = _checked_vocab_size(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1])
+    check_choice("divergence", divergence, DIVERGENCES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_number("beta", beta, 0, 1)
+    check_number("alpha", alpha, 0, 1)
+    if labels is not None:
+        check_per_token("labels", labels, tokens, device, INTEGER)
+    elif alpha < 1:
+        raise ValueError(f"labels are needed for the hard term of alpha={alpha}; pass labels, or alpha=1.0")
+    if token_weight is not None:
+        check_per_token("token_weight", token_weight, tokens, device, FLOATING)
+    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+    temperature, temperature_per_token = _split_temperature("temperature", temperature, tokens, device)
+    teacher_temperature, teacher_temperature_per_token = _split_temperature(
+        "teacher_temperature", teacher_temperature, tokens, device
+    )
+    num_items = _checked_num_items(num_items, reduction, device)
+    if overwrite_student_logits:
+        _check_overwritable(student_logits)
+
+    total, soft, hard = _KDLoss.apply(
+        student_logits,
+        teacher_logits,
+        labels,
+        token_weight,
+        temperature_per_token,
+        teacher_temperature_per_token,
+        num_items,
+        overwrite_student_logits and not torch.compiler.is_compiling(),
+        {
+            "divergence": divergence,
+            "beta": float(beta),
+            "temperature": temperature,
+            "teacher_temperature": teacher_temperature,
+            "scale_t2": scale_t2,
+            "alpha": float(alpha),
+            "ignore_index": ignore_index,
+            "vocab_size": vocab_size,
+            "reduction": reduction,
+            "need_parts": return_parts,
+        },
+    )
+    return (total, soft, hard) if return_parts else total
+
+
+def _checked_vocab_size(vocab_size: int | None, student_width: int, teacher_width: int) -> int:
+    if vocab_size is None:
+        if student_width != teacher_width:
+            raise ValueError(
+                f"student_logits have {student_width} columns and teacher_logits {teacher_width}: "
+                "pass vocab_size, the number of columns that the two vocabularies share"
+            )
+        vocab_size = student_width
+    if not 1 <= vocab_size <= min(student_width, teacher_width):
+        raise ValueError(
+            f"vocab_size must be at least 1 and at most the logits' width, got {vocab_size} "
+            f"for student_logits of {student_width} and teacher_logits of {teacher_width} columns"
+        )
+    return vocab_size
+
+
+def _split_temperature(
+    name: str, temperature: float | Tensor, tokens: tuple, device: torch.device
+) -> tuple[float, Tensor | None]:
+    """A temperature as the operator takes it: a number, or a tensor in its place."""
+    if isinstance(temperature, Tensor):
+        check_per_token(name, temperature, tokens, device, FLOATING)
+        return 1.0, temperature
+    check_number(name, temperature, 0, open_low=True)
+    return float(temperature), None
+
+
+def _checked_num_items(num_items: float | Tensor | None, reduction: str, device: torch.device) -> Tensor | None:
+    if num_items is None:
+        return None
+    if reduction != "mean":
+        raise ValueError(f"num_items is the divisor of reduction='mean', got reduction={reduction!r}")
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
+        check_detached("num_items", num_items)
+        return num_items.reshape(()).to(device)
+    check_number("num_items", num_items, 0, open_low=True)
+    return torch.full((), num_items, dtype=torch.float64, device=device)
+
+
+def _check_overwritable(student_logits: Tensor) -> None:
+    strides = student_logits.stride()
+    repeated = any(stride == 0 and size > 1 for stride, size in zip(strides, student_logits.shape, strict=True))
+    if strides[-1] != 1 or repeated or student_logits.dim() > 3 and not student_logits.is_contiguous():
+        raise ValueError(
+            "overwrite_student_logits needs student_logits whose rows are contiguous and distinct in memory, "
+            f"got strides {strides}"
+        )

@@ -1,0 +1,151 @@
+"""Every operation in plain PyTorch: the executable specification.
+
+Nothing here is fast, and everything here may be differentiated: the fused backends are tested against these
+functions in float64, and a device that no fused backend serves is served by them.
+"""
+
+import torch
+from torch import Tensor
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
+
+
+def canonical_divergence(divergence: str, beta: float) -> str:
+    """The divergence that `divergence` is at this `beta`: a mixture that contains one side alone is a plain KL."""
+    endpoints = {
+        ("jsd", 0.0): "forward_kl",
+        ("jsd", 1.0): "reverse_kl",
+        ("skew_forward_kl", 0.0): "forward_kl",
+        ("skew_reverse_kl", 0.0): "reverse_kl",
+    }
+    return endpoints.get((divergence, float(beta)), divergence)
+
+
+def _weighted(weight: Tensor, log_ratio: Tensor) -> Tensor:
+    """weight · log_ratio, with 0 · inf = 0 in the value and in the gradient."""
+    return weight * torch.where(weight > 0, log_ratio, 0.0)
+
+
+def divergence_terms(divergence: str, log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Per entry, f(log p, log q) and g = q · ∂f/∂q (up to a multiple of q, which the gradient does not see).
+
+    The divergence of a token is Σ f, and its gradient with respect to the student's scaled logits is g − q · Σ g.
+
+    Args:
+        divergence: one of `DIVERGENCES`.
+        log_p: teacher log-probabilities, `[..., V]`.
+        log_q: student log-probabilities, `[..., V]`.
+        beta: the mixture weight of jsd and the skewed divergences.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    match canonical_divergence(divergence, beta):
+        case "forward_kl":
+            return _weighted(p, log_p - log_q), -p
+        case "reverse_kl":
+            f = _weighted(q, log_q - log_p)
+            return f, f
+        case "jsd":
+            mixture, log_mixture = _mixture(beta, p, q)
+            g = (1 - beta) * _weighted(q, log_q - log_mixture)
+            return beta * _weighted(p, log_p - log_mixture) + g, g
+        case "skew_forward_kl":
+            mixture, log_mixture = _mixture(beta, p, q)
+            return _weighted(p, log_p - log_mixture), (beta - 1) * p * q / mixture
+        case "skew_reverse_kl":
+            mixture, log_mixture = _mixture(1 - beta, p, q)
+            f = _weighted(q, log_q - log_mixture)
+            return f, f - beta * q * q / mixture
+        case "tvd":
+            return 0.5 * (p - q).abs(), 0.5 * q * (q - p).sign()
+    raise ValueError(f"divergence must be one of {DIVERGENCES}, got {divergence!r}")
+
+
+def _mixture(teacher_share: float, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """teacher_share · p + (1 − teacher_share) · q and its logarithm; 1 and 0 where both are 0, so that nothing is NaN."""
+    mixture = teacher_share * p + (1 - teacher_share) * q
+    mixture = torch.where(mixture == 0, 1.0, mixture)
+    return mixture, mixture.log()
+
+
+def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    # The maximum is subtracted before the division: logits / T rounds by ulp(max / T), which a small T makes large.
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(logits.dtype).unsqueeze(-1)
+    return ((logits - logits.detach().amax(-1, keepdim=True)) / temperature).log_softmax(-1)
+
+
+def kd_loss_rows(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    gradient: Tensor | None = None,
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    scale_t2: bool = True,
+    alpha: float = 1.0,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    need_hard: bool = True,
+) -> Tensor:
+    """The distillation loss of each token, and on request its gradient.
+
+    This is the contract of every backend of `kd_loss`. total = weight · (alpha · T² · soft + (1 − alpha) · hard).
+
+    Args:
+        student_logits: `[..., V_s]`, any floating dtype; computed in float32, or float64 for float64.
+        teacher_logits: `[..., V_t]`.
+        labels: `[...]` integers, or None. A token labelled `ignore_index` has no loss and no gradient.
+        token_weight: `[...]`, or None for 1.
+        temperature, teacher_temperature: a number, or a tensor `[...]`.
+        grad_scale: a tensor that broadcasts to `[...]` and multiplies the gradient before it is rounded.
+        gradient: `[..., V_s]`, filled with ∂ Σ (grad_scale · total) / ∂ student_logits; None to leave it out. It may be
+            `student_logits` itself.
+        vocab_size: the columns that exist; the others have no probability and a zero gradient.
+        need_hard: whether the hard term is wanted although alpha is 1.
+
+    Returns:
+        `[3, ...]`: total, soft and hard per token.
+    """
+    width = student_logits.shape[-1]
+    vocab_size = width if vocab_size is None else vocab_size
+    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+    real = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+    counted = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
+    if labels is not None:
+        counted = labels != ignore_index
+    # Ignored rows may hold NaN: they are emptied before anything is computed, so that no 0 · NaN survives.
+    student = torch.where(counted.unsqueeze(-1), student_logits[..., :vocab_size].to(real), 0.0)
+    teacher = torch.where(counted.unsqueeze(-1), teacher_logits[..., :vocab_size].to(real), 0.0)
+    weight = counted.to(real) if token_weight is None else torch.where(counted, token_weight.to(real), 0.0)
+    t2 = temperature**2 if scale_t2 else 1.0
+
+    log_q = _log_softmax(student, temperature)
+    log_p = _log_softmax(teacher, teacher_temperature)
+    f, g = divergence_terms(divergence, log_p, log_q, beta)
+    soft = torch.where(counted, f.sum(-1), 0.0)
+    total = alpha * t2 * soft if alpha > 0 else torch.zeros_like(soft)
+    hard = torch.zeros_like(soft)
+    need_hard = labels is not None and (need_hard or alpha < 1)
+    if need_hard:
+        hard_log_q = _log_softmax(student, 1.0)
+        target = torch.where(counted, labels, 0).long().unsqueeze(-1)
+        hard = torch.where(counted, -hard_log_q.gather(-1, target).squeeze(-1), 0.0)
+        if alpha < 1:
+            total = total + (1 - alpha) * hard
+
+    if gradient is not None:
+        with torch.no_grad():
+            scale = weight if grad_scale is None else weight * grad_scale
+            soft_scale = alpha * scale * t2 / temperature
+            by_logit = soft_scale.unsqueeze(-1) * (g - log_q.exp() * g.sum(-1, keepdim=True))
+            if need_hard and alpha < 1:
+                by_label = hard_log_q.exp().scatter_add(-1, target, torch.full_like(target, -1, dtype=real))
+                by_logit = by_logit + ((1 - alpha) * scale).unsqueeze(-1) * by_label
+            gradient.zero_()
+            gradient[..., :vocab_size] = torch.where(counted.unsqueeze(-1), by_logit, 0.0)
+    return torch.stack([torch.where(counted, weight * total, 0.0), weight * soft, weight * hard])

@@ -1,0 +1,4 @@
+"""Triton kernels and their launchers; installed as `kdfast.kernels`. Knows tensors and Triton, nothing else of kdfast."""
+
+if __name__ != "kdfast.kernels":
+    raise ImportError("these are kdfast's kernels: install kdfast and import kdfast.kernels")

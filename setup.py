@@ -1,0 +1,61 @@
+"""Builds kdfast._C with CMake and ninja. No torch header is used, so one binary serves every torch release.
+
+KDFAST_BUILD_CPP=auto|0|1: build the C++ extension if there is a compiler, never, or always. A build that starts and
+fails is an error.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+
+
+def _setting() -> str:
+    setting = os.environ.get("KDFAST_BUILD_CPP", "auto")
+    if setting not in ("auto", "0", "1"):
+        raise SystemExit(f"KDFAST_BUILD_CPP must be auto, 0 or 1, got {setting!r}")
+    return setting
+
+
+def _compiler() -> str | None:
+    names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++", "cl"]
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+class BuildWithCMake(build_ext):
+    def run(self) -> None:
+        if _compiler() is None and _setting() == "auto":
+            self.extensions = []
+            self.warn("no C++ compiler found: kdfast installs without its CPU kernels and runs in plain PyTorch there")
+            return
+        super().run()
+
+    def build_extension(self, extension: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(extension.name)).resolve()
+        build = Path(self.build_temp).resolve()
+        configure = [
+            *("cmake", "-S", str(ROOT / "csrc"), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DKDFAST_OUTPUT_DIR={target.parent}",
+            f"-DKDFAST_OUTPUT_NAME={target.name}",
+        ]
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+
+
+setup(
+    # An explicit list: the repository's kernels/ is installed as kdfast.kernels.
+    packages=["kdfast", "kdfast.ops", "kdfast.trainer", "kdfast.kernels"],
+    package_dir={"kdfast.kernels": "kernels"},
+    ext_modules=[] if _setting() == "0" else [Extension("kdfast._C", sources=[])],
+    cmdclass={"build_ext": BuildWithCMake},
+)
