@@ -24,7 +24,9 @@ def _setting() -> str:
 
 
 def _compiler() -> str | None:
-    names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++", "cl"]
+    names = (
+        [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++", "cl"]
+    )
     return next(filter(None, map(shutil.which, names)), None)
 
 
@@ -32,7 +34,9 @@ class BuildWithCMake(build_ext):
     def run(self) -> None:
         if _compiler() is None and _setting() == "auto":
             self.extensions = []
-            self.warn("no C++ compiler found: kdfast installs without its CPU kernels and runs in plain PyTorch there")
+            self.warn(
+                "no C++ compiler found: kdfast installs without its CPU kernels and runs in plain PyTorch there"
+            )
             return
         super().run()
 
@@ -42,7 +46,16 @@ class BuildWithCMake(build_ext):
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         build = Path(self.build_temp).resolve()
         configure = [
-            *("cmake", "-S", str(ROOT / "csrc"), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
+            *(
+                "cmake",
+                "-S",
+                str(ROOT / "csrc"),
+                "-B",
+                str(build),
+                "-G",
+                "Ninja",
+                "-DCMAKE_BUILD_TYPE=Release",
+            ),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DKDFAST_OUTPUT_DIR={target.parent}",

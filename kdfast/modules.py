@@ -43,7 +43,11 @@ class KDLoss(nn.Module):
 
     def settings(self) -> dict[str, object]:
         """The keywords that the function is called with."""
-        return {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "training"}
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if not name.startswith("_") and name != "training"
+        }
 
     def forward(
         self,
@@ -55,7 +59,12 @@ class KDLoss(nn.Module):
         num_items: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         return kd_loss(
-            student_logits, teacher_logits, labels, token_weight=token_weight, num_items=num_items, **self.settings()
+            student_logits,
+            teacher_logits,
+            labels,
+            token_weight=token_weight,
+            num_items=num_items,
+            **self.settings(),
         )
 
     def extra_repr(self) -> str:

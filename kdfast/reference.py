@@ -26,10 +26,14 @@ def _weighted(weight: Tensor, log_ratio: Tensor) -> Tensor:
     return weight * torch.where(weight > 0, log_ratio, 0.0)
 
 
-def divergence_terms(divergence: str, log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Per entry, f(log p, log q) and g = q · ∂f/∂q (up to a multiple of q, which the gradient does not see).
+def divergence_terms(
+    divergence: str, log_p: Tensor, log_q: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Per entry, f(log p, log q) and g = q · ∂f/∂q.
 
-    The divergence of a token is Σ f, and its gradient with respect to the student's scaled logits is g − q · Σ g.
+    The divergence of a token is Σ f, and its gradient with respect to the student's scaled logits is g − q · Σ g. That
+    does not see a constant in ∂f/∂q: it is chosen so that ∂f/∂q vanishes where p does, which keeps the gradient from
+    being the small difference of large terms.
 
     Args:
         divergence: one of `DIVERGENCES`.
@@ -38,33 +42,31 @@ def divergence_terms(divergence: str, log_p: Tensor, log_q: Tensor, beta: float)
         beta: the mixture weight of jsd and the skewed divergences.
     """
     p, q = log_p.exp(), log_q.exp()
-    match canonical_divergence(divergence, beta):
-        case "forward_kl":
-            return _weighted(p, log_p - log_q), -p
-        case "reverse_kl":
-            f = _weighted(q, log_q - log_p)
-            return f, f
-        case "jsd":
-            mixture, log_mixture = _mixture(beta, p, q)
-            g = (1 - beta) * _weighted(q, log_q - log_mixture)
-            return beta * _weighted(p, log_p - log_mixture) + g, g
-        case "skew_forward_kl":
-            mixture, log_mixture = _mixture(beta, p, q)
-            return _weighted(p, log_p - log_mixture), (beta - 1) * p * q / mixture
-        case "skew_reverse_kl":
-            mixture, log_mixture = _mixture(1 - beta, p, q)
-            f = _weighted(q, log_q - log_mixture)
-            return f, f - beta * q * q / mixture
-        case "tvd":
-            return 0.5 * (p - q).abs(), 0.5 * q * (q - p).sign()
-    raise ValueError(f"divergence must be one of {DIVERGENCES}, got {divergence!r}")
+    divergence = canonical_divergence(divergence, beta)
+    if divergence == "forward_kl":
+        return _weighted(p, log_p - log_q), -p
+    if divergence == "reverse_kl":
+        f = _weighted(q, log_q - log_p)
+        return f, f
+    if divergence == "tvd":
+        return 0.5 * (p - q).abs(), -q * ((p > q).to(q) + 0.5 * (p == q))
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {DIVERGENCES}, got {divergence!r}")
 
-
-def _mixture(teacher_share: float, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """teacher_share · p + (1 − teacher_share) · q and its logarithm; 1 and 0 where both are 0, so that nothing is NaN."""
-    mixture = teacher_share * p + (1 - teacher_share) * q
+    teacher_share = 1 - beta if divergence == "skew_reverse_kl" else beta
+    student_share = 1 - teacher_share
+    mixture = teacher_share * p + student_share * q
     mixture = torch.where(mixture == 0, 1.0, mixture)
-    return mixture, mixture.log()
+    log_mixture = mixture.log()
+    # log(student_share · q / mixture)
+    log_part = -torch.where(q > 0, teacher_share * p / (student_share * q), 0.0).log1p()
+    from_p = _weighted(p, log_p - log_mixture)
+    from_q = _weighted(q, log_q - log_mixture)
+    if divergence == "jsd":
+        return teacher_share * from_p + student_share * from_q, student_share * q * log_part
+    if divergence == "skew_forward_kl":
+        return from_p, -student_share * p * q / mixture
+    return from_q, q * (log_part + teacher_share * p / mixture)
 
 
 def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
@@ -121,7 +123,11 @@ def kd_loss_rows(
     # Ignored rows may hold NaN: they are emptied before anything is computed, so that no 0 · NaN survives.
     student = torch.where(counted.unsqueeze(-1), student_logits[..., :vocab_size].to(real), 0.0)
     teacher = torch.where(counted.unsqueeze(-1), teacher_logits[..., :vocab_size].to(real), 0.0)
-    weight = counted.to(real) if token_weight is None else torch.where(counted, token_weight.to(real), 0.0)
+    weight = (
+        counted.to(real)
+        if token_weight is None
+        else torch.where(counted, token_weight.to(real), 0.0)
+    )
     t2 = temperature**2 if scale_t2 else 1.0
 
     log_q = _log_softmax(student, temperature)
@@ -144,7 +150,9 @@ def kd_loss_rows(
             soft_scale = alpha * scale * t2 / temperature
             by_logit = soft_scale.unsqueeze(-1) * (g - log_q.exp() * g.sum(-1, keepdim=True))
             if need_hard and alpha < 1:
-                by_label = hard_log_q.exp().scatter_add(-1, target, torch.full_like(target, -1, dtype=real))
+                by_label = hard_log_q.exp().scatter_add(
+                    -1, target, torch.full_like(target, -1, dtype=real)
+                )
                 by_logit = by_logit + ((1 - alpha) * scale).unsqueeze(-1) * by_label
             gradient.zero_()
             gradient[..., :vocab_size] = torch.where(counted.unsqueeze(-1), by_logit, 0.0)

@@ -35,7 +35,9 @@ def check_shape(name: str, tensor: Tensor, shape: tuple, meaning: str) -> None:
         raise ValueError(f"{name} must have {meaning} {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
-def check_per_token(name: str, tensor: Tensor, tokens: tuple, device: torch.device, dtypes: tuple) -> None:
+def check_per_token(
+    name: str, tensor: Tensor, tokens: tuple, device: torch.device, dtypes: tuple
+) -> None:
     """A tensor with one value per token: labels, weights, temperatures."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -46,7 +48,9 @@ def check_per_token(name: str, tensor: Tensor, tokens: tuple, device: torch.devi
     check_detached(name, tensor)
 
 
-def check_number(name: str, number: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+def check_number(
+    name: str, number: float, low: float, high: float = math.inf, *, open_low: bool = False
+) -> None:
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(number).__name__}")
     inside = (low < number if open_low else low <= number) and number <= high and number < math.inf

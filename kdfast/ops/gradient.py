@@ -28,7 +28,11 @@ def _scale_by_triton(gradient: Tensor, incoming: Tensor) -> None:
 def _scale_gradient(gradient: Tensor, incoming: Tensor) -> None:
     if gradient.device.type == "cpu":
         _scale_on_cpu(gradient, incoming)
-    elif gradient.device.type == "cuda" and gradient.dtype != torch.float64 and registry.missing("triton") is None:
+    elif (
+        gradient.device.type == "cuda"
+        and gradient.dtype != torch.float64
+        and registry.missing("triton") is None
+    ):
         _scale_by_triton(gradient, incoming)
     else:
         gradient.mul_(incoming if incoming.dim() == 0 else incoming.unsqueeze(-1))
@@ -62,6 +66,8 @@ def scale_gradient(gradient: Tensor, incoming: Tensor) -> Tensor:
         incoming: a 0-d tensor, or one value per row `[...]`. Nothing is read from a GPU, and 1 costs no sweep.
     """
     if graph_is_retained():
-        return (gradient * (incoming if incoming.dim() == 0 else incoming.unsqueeze(-1))).to(gradient.dtype)
+        return (gradient * (incoming if incoming.dim() == 0 else incoming.unsqueeze(-1))).to(
+            gradient.dtype
+        )
     torch.ops.kdfast.scale_gradient_(gradient, incoming)
     return gradient

@@ -60,20 +60,26 @@ def _cpp_rows(
             return 0, 0
         values = values.to(dtype).contiguous()
         keep.append(values)
-        return values.data_ptr(), int(values.numel() > 1)
+        return values.data_ptr(), int(values.dim() > 0)
 
     def temperature_rows(value: float | Tensor) -> tuple[int, int]:
-        return per_row(value if isinstance(value, Tensor) else torch.tensor([value], dtype=real), real)
+        return per_row(
+            value if isinstance(value, Tensor) else torch.tensor(value, dtype=real), real
+        )
 
     def matrix(values: Tensor | None) -> tuple[int, int, int, str]:
         """Address, strides of the two leading dimensions and dtype."""
         if values is None:
             return 0, 0, 0, "float32"
-        return values.data_ptr(), values.stride(0), values.stride(1), str(values.dtype).removeprefix("torch.")
+        return values.data_ptr(), *values.stride()[:2], str(values.dtype).removeprefix("torch.")
 
     if (teacher.dtype == torch.float64) != (student.dtype == torch.float64):
         teacher = teacher.to(real)
-    registry.extension().kd_loss_rows(
+    extension = registry.extension()
+    kd_loss_rows = (
+        extension.kd_loss_rows_float64 if real == torch.float64 else extension.kd_loss_rows_float32
+    )
+    kd_loss_rows(
         student=matrix(student),
         teacher=matrix(teacher),
         gradient=matrix(gradient),
@@ -81,7 +87,7 @@ def _cpp_rows(
         inner_rows=student.shape[1],
         width=student.shape[2],
         vocab_size=vocab_size,
-        labels=per_row(labels, torch.int64)[0],
+        labels=per_row(labels, torch.int64),
         ignore_index=ignore_index,
         token_weight=per_row(token_weight, real),
         temperature=temperature_rows(temperature),
@@ -104,13 +110,17 @@ def _triton_rows(student: Tensor, *args: object, **kwargs: object) -> Tensor:
     return kd_loss_rows(student, *args, **kwargs)
 
 
-def _torch_rows(student: Tensor, teacher: Tensor, *per_token: Tensor | float | None, **options: object) -> Tensor:
+def _torch_rows(
+    student: Tensor, teacher: Tensor, *per_token: Tensor | float | None, **options: object
+) -> Tensor:
     leading = student.shape[:2]
     *per_token, grad_scale, gradient = per_token
     per_token = [value.view(leading) if isinstance(value, Tensor) else value for value in per_token]
     if grad_scale is not None and grad_scale.numel() > 1:
         grad_scale = grad_scale.view(leading)
-    return reference.kd_loss_rows(student, teacher, *per_token, grad_scale, gradient, **options).flatten(1)
+    return reference.kd_loss_rows(
+        student, teacher, *per_token, grad_scale, gradient, **options
+    ).flatten(1)
 
 
 BACKENDS = {"cpp": _cpp_rows, "triton": _triton_rows, "torch": _torch_rows}
@@ -126,7 +136,10 @@ def _as_rows(logits: Tensor) -> Tensor:
 
 
 def _check_values(
-    labels: Tensor | None, temperatures: dict[str, Tensor | None], ignore_index: int, vocab_size: int
+    labels: Tensor | None,
+    temperatures: dict[str, Tensor | None],
+    ignore_index: int,
+    vocab_size: int,
 ) -> None:
     if labels is not None:
         outside = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
@@ -177,15 +190,22 @@ def _kd_loss_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     device, leading = student_logits.device, student_logits.shape[:-1]
     if values_are_checked(device):
-        temperatures = {"temperature": temperature_per_token, "teacher_temperature": teacher_temperature_per_token}
+        temperatures = {
+            "temperature": temperature_per_token,
+            "teacher_temperature": teacher_temperature_per_token,
+        }
         _check_values(labels, temperatures, ignore_index, vocab_size)
     rows = registry.select("kd_loss", BACKENDS, student_logits)
 
-    grad_scale = None if incoming is None else incoming.flatten().double()
+    grad_scale = None if incoming is None else incoming.double()
+    if grad_scale is not None and grad_scale.dim() > 0:
+        grad_scale = grad_scale.flatten()
     inverse_divisor = None
     if reduction == "mean":
         counted = leading.numel() if labels is None else (labels != ignore_index).sum()
-        divisor = torch.as_tensor(counted if num_items is None else num_items, dtype=torch.float64, device=device)
+        divisor = torch.as_tensor(
+            counted if num_items is None else num_items, dtype=torch.float64, device=device
+        )
         # Without a counted token every term is an exact 0, which 0 / 0 must not spoil.
         inverse_divisor = torch.where(divisor > 0, 1 / divisor, 0.0)
         grad_scale = inverse_divisor if grad_scale is None else grad_scale * inverse_divisor
@@ -195,7 +215,9 @@ def _kd_loss_forward(
         _as_rows(teacher_logits),
         *(None if x is None else x.flatten() for x in (labels, token_weight)),
         temperature if temperature_per_token is None else temperature_per_token.flatten(),
-        teacher_temperature if teacher_temperature_per_token is None else teacher_temperature_per_token.flatten(),
+        teacher_temperature
+        if teacher_temperature_per_token is None
+        else teacher_temperature_per_token.flatten(),
         None if grad_scale is None else grad_scale.to(_result_dtype(student_logits)),
         None if gradient is None else _as_rows(gradient),
         divergence=divergence,
@@ -222,7 +244,10 @@ def _kd_loss_forward(
 def _(student_logits: Tensor, *args: object, reduction: str, need_parts: bool, **kwargs: object):
     shape = student_logits.shape[:-1] if reduction == "none" else ()
     dtype = _result_dtype(student_logits)
-    return tuple(student_logits.new_empty(shape if kept else (0,), dtype=dtype) for kept in (True, need_parts, need_parts))
+    return tuple(
+        student_logits.new_empty(shape if kept else (0,), dtype=dtype)
+        for kept in (True, need_parts, need_parts)
+    )
 
 
 class _KDLoss(torch.autograd.Function):
@@ -235,7 +260,9 @@ class _KDLoss(torch.autograd.Function):
         gradient = None
         if ctx.needs_input_grad[0] and not ctx.deferred:
             gradient = student_logits if overwrite else _empty_gradient(student_logits)
-        outputs = torch.ops.kdfast.kd_loss_forward(student_logits, *inputs, None, gradient, **settings)
+        outputs = torch.ops.kdfast.kd_loss_forward(
+            student_logits, *inputs, None, gradient, **settings
+        )
         ctx.save_for_backward(*((student_logits, *inputs) if ctx.deferred else (gradient,)))
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
@@ -247,7 +274,9 @@ class _KDLoss(torch.autograd.Function):
             student_logits, *inputs = ctx.saved_tensors
             overwrite = ctx.overwrite and not graph_is_retained()
             gradient = student_logits.detach() if overwrite else _empty_gradient(student_logits)
-            torch.ops.kdfast.kd_loss_forward(student_logits, *inputs, incoming, gradient, **ctx.settings)
+            torch.ops.kdfast.kd_loss_forward(
+                student_logits, *inputs, incoming, gradient, **ctx.settings
+            )
         else:
             gradient = scale_gradient(ctx.saved_tensors[0].detach(), incoming)
         return gradient, *[None] * 8
@@ -328,7 +357,9 @@ def kd_loss(
     device, tokens = student_logits.device, student_logits.shape[:-1]
     check_same_device("teacher_logits", teacher_logits, device)
     if student_logits.dim() == 0 or teacher_logits.dim() == 0:
-        raise ValueError("student_logits and teacher_logits must have a vocabulary dimension, got a 0-d tensor")
+        raise ValueError(
+            "student_logits and teacher_logits must have a vocabulary dimension, got a 0-d tensor"
+        )
     check_shape("teacher_logits", teacher_logits[..., 0], tokens, "the student's leading shape")
     vocab_size = _checked_vocab_size(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1])
     check_choice("divergence", divergence, DIVERGENCES)
@@ -338,11 +369,15 @@ def kd_loss(
     if labels is not None:
         check_per_token("labels", labels, tokens, device, INTEGER)
     elif alpha < 1:
-        raise ValueError(f"labels are needed for the hard term of alpha={alpha}; pass labels, or alpha=1.0")
+        raise ValueError(
+            f"labels are needed for the hard term of alpha={alpha}; pass labels, or alpha=1.0"
+        )
     if token_weight is not None:
         check_per_token("token_weight", token_weight, tokens, device, FLOATING)
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    temperature, temperature_per_token = _split_temperature("temperature", temperature, tokens, device)
+    temperature, temperature_per_token = _split_temperature(
+        "temperature", temperature, tokens, device
+    )
     teacher_temperature, teacher_temperature_per_token = _split_temperature(
         "teacher_temperature", teacher_temperature, tokens, device
     )
@@ -402,14 +437,20 @@ def _split_temperature(
     return float(temperature), None
 
 
-def _checked_num_items(num_items: float | Tensor | None, reduction: str, device: torch.device) -> Tensor | None:
+def _checked_num_items(
+    num_items: float | Tensor | None, reduction: str, device: torch.device
+) -> Tensor | None:
     if num_items is None:
         return None
     if reduction != "mean":
-        raise ValueError(f"num_items is the divisor of reduction='mean', got reduction={reduction!r}")
+        raise ValueError(
+            f"num_items is the divisor of reduction='mean', got reduction={reduction!r}"
+        )
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
-            raise ValueError(f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
+            raise ValueError(
+                f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}"
+            )
         check_detached("num_items", num_items)
         return num_items.reshape(()).to(device)
     check_number("num_items", num_items, 0, open_low=True)
@@ -418,8 +459,15 @@ def _checked_num_items(num_items: float | Tensor | None, reduction: str, device:
 
 def _check_overwritable(student_logits: Tensor) -> None:
     strides = student_logits.stride()
-    repeated = any(stride == 0 and size > 1 for stride, size in zip(strides, student_logits.shape, strict=True))
-    if strides[-1] != 1 or repeated or student_logits.dim() > 3 and not student_logits.is_contiguous():
+    repeated = any(
+        stride == 0 and size > 1 for stride, size in zip(strides, student_logits.shape, strict=True)
+    )
+    if (
+        strides[-1] != 1
+        or repeated
+        or student_logits.dim() > 3
+        and not student_logits.is_contiguous()
+    ):
         raise ValueError(
             "overwrite_student_logits needs student_logits whose rows are contiguous and distinct in memory, "
             f"got strides {strides}"

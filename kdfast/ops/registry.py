@@ -38,7 +38,9 @@ def _interpreted() -> bool:
 def missing(backend: str) -> str | None:
     """Why `backend` cannot work in this process, or None if it can."""
     if backend == "cpp" and importlib.util.find_spec("kdfast._C") is None:
-        return "the C++ extension was not built: no C++ compiler was found when kdfast was installed"
+        return (
+            "the C++ extension was not built: no C++ compiler was found when kdfast was installed"
+        )
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
@@ -108,11 +110,21 @@ def select(operation: str, backends: Mapping[str, Callable], tensor: Tensor) -> 
     A backend chosen by hand serves the call or says why it cannot. Otherwise the device decides, and what no fused
     backend serves goes to plain PyTorch, with one warning.
     """
-    name = _chosen[-1] if _chosen else _checked(os.environ.get("KDFAST_BACKEND", "auto"), "KDFAST_BACKEND")
+    name = (
+        _chosen[-1]
+        if _chosen
+        else _checked(os.environ.get("KDFAST_BACKEND", "auto"), "KDFAST_BACKEND")
+    )
     if name != "auto":
-        reason = "it does not implement this operation" if name not in backends else _cannot_serve(name, tensor)
+        reason = (
+            "it does not implement this operation"
+            if name not in backends
+            else _cannot_serve(name, tensor)
+        )
         if reason is not None:
-            raise RuntimeError(f"{operation}: the backend {name!r} cannot serve this call: {reason}")
+            raise RuntimeError(
+                f"{operation}: the backend {name!r} cannot serve this call: {reason}"
+            )
         return backends[name]
     candidates = ("cpp",) if tensor.device.type == "cpu" else ("cuda", "triton")
     reasons = []

@@ -1,0 +1,81 @@
+// The module kdfast._C: addresses, sizes and strides in, nothing of torch. Python has checked every
+// argument before it comes here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+#include <tuple>
+
+#include "cpu/kd_loss.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+using MatrixTuple = std::tuple<Address, int64_t, int64_t, std::string>;
+using PerRowTuple = std::tuple<Address, int64_t>;
+
+kdfast::Matrix matrix(const MatrixTuple& tuple) {
+  static const std::map<std::string, kdfast::DType> dtypes = {
+      {"float32", kdfast::DType::kFloat32},
+      {"bfloat16", kdfast::DType::kBFloat16},
+      {"float16", kdfast::DType::kFloat16},
+      {"float64", kdfast::DType::kFloat64},
+  };
+  const auto& [data, outer_stride, inner_stride, dtype] = tuple;
+  return {reinterpret_cast<char*>(data), outer_stride, inner_stride, dtypes.at(dtype)};
+}
+
+template <class T>
+kdfast::PerRow<T> per_row(const PerRowTuple& tuple) {
+  return {reinterpret_cast<const T*>(std::get<0>(tuple)), std::get<1>(tuple)};
+}
+
+template <class Real>
+void kd_loss_rows(const MatrixTuple& student, const MatrixTuple& teacher,
+                  const MatrixTuple& gradient, int64_t outer_rows, int64_t inner_rows,
+                  int64_t width, int64_t vocab_size, const PerRowTuple& labels,
+                  int64_t ignore_index, const PerRowTuple& token_weight,
+                  const PerRowTuple& temperature, const PerRowTuple& teacher_temperature,
+                  const PerRowTuple& grad_scale, Address losses, int divergence, double beta,
+                  double alpha, bool scale_t2, bool need_hard, int threads) {
+  const kdfast::KdLossRows<Real> call{matrix(student),
+                                      matrix(teacher),
+                                      matrix(gradient),
+                                      outer_rows,
+                                      inner_rows,
+                                      width,
+                                      vocab_size,
+                                      per_row<int64_t>(labels),
+                                      ignore_index,
+                                      per_row<Real>(token_weight),
+                                      per_row<Real>(temperature),
+                                      per_row<Real>(teacher_temperature),
+                                      per_row<Real>(grad_scale),
+                                      reinterpret_cast<Real*>(losses),
+                                      static_cast<kdfast::Divergence>(divergence),
+                                      beta,
+                                      alpha,
+                                      scale_t2,
+                                      need_hard,
+                                      threads};
+  py::gil_scoped_release release;
+  kdfast::kd_loss_rows(call);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  const auto define_kd_loss_rows = [&module](const char* name, auto function) {
+    module.def(name, function, py::kw_only(), py::arg("student"), py::arg("teacher"),
+               py::arg("gradient"), py::arg("outer_rows"), py::arg("inner_rows"), py::arg("width"),
+               py::arg("vocab_size"), py::arg("labels"), py::arg("ignore_index"),
+               py::arg("token_weight"), py::arg("temperature"), py::arg("teacher_temperature"),
+               py::arg("grad_scale"), py::arg("losses"), py::arg("divergence"), py::arg("beta"),
+               py::arg("alpha"), py::arg("scale_t2"), py::arg("need_hard"), py::arg("threads"));
+  };
+  define_kd_loss_rows("kd_loss_rows_float32", kd_loss_rows<float>);
+  define_kd_loss_rows("kd_loss_rows_float64", kd_loss_rows<double>);
+}

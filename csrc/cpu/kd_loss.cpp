@@ -1,0 +1,433 @@
+#include "kd_loss.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "pages.h"
+#include "simd.h"
+
+namespace kdfast {
+namespace {
+
+// One chunk of both rows stays in L1 while it is converted, maximised and exponentiated.
+constexpr int64_t kChunk = 2048;
+
+template <class T, class Real>
+KDFAST_CLONES void convert(const T* in, int64_t n, Real* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = to_real(in[i]);
+}
+
+template <class T, class Real>
+KDFAST_CLONES void round_to(const Real* in, int64_t n, T* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) from_real(in[i], out[i]);
+}
+
+// Elements [begin, begin + n) of a row in the precision of the computation: the row itself where it
+// has it, a converted copy in `buffer` otherwise.
+template <class Real>
+const Real* load(const char* row, DType dtype, int64_t begin, int64_t n, Real* buffer);
+
+template <>
+const float* load(const char* row, DType dtype, int64_t begin, int64_t n, float* buffer) {
+  if (dtype == DType::kFloat32) return reinterpret_cast<const float*>(row) + begin;
+  if (dtype == DType::kBFloat16)
+    convert(reinterpret_cast<const bfloat16*>(row) + begin, n, buffer);
+  else
+    convert(reinterpret_cast<const float16*>(row) + begin, n, buffer);
+  return buffer;
+}
+
+template <>
+const double* load(const char* row, DType, int64_t begin, int64_t, double*) {
+  return reinterpret_cast<const double*>(row) + begin;
+}
+
+template <class Real>
+KDFAST_CLONES Real max_of(const Real* x, int64_t n) {
+  Real max = -std::numeric_limits<Real>::infinity();
+#pragma omp simd reduction(max : max)
+  for (int64_t i = 0; i < n; ++i) max = x[i] > max ? x[i] : max;
+  return max;
+}
+
+// The softmax of one side of a row, one chunk after the other: exponentials relative to the running
+// maximum, and their sum in double.
+template <class Real>
+struct RunningSoftmax {
+  Real inverse_temperature;
+  Real max = -std::numeric_limits<Real>::infinity();
+  double sum = 0;
+
+  // What a row of -inf is shifted by: -inf - (-inf) would be NaN.
+  Real shift() const { return max == -std::numeric_limits<Real>::infinity() ? Real(0) : max; }
+
+  // (old shift - new shift) / temperature, after which everything summed so far is scaled by its exp.
+  double raise_max(Real chunk_max) {
+    const Real before = shift();
+    max = std::max(max, chunk_max);
+    const double delta = (double(before) - shift()) * inverse_temperature;
+    // Nothing but -inf came before: there is nothing to rescale, and exp(delta) may overflow.
+    decay = sum == 0 ? 0 : std::exp(delta);
+    sum *= decay;
+    return delta;
+  }
+
+  double decay = 1;
+};
+
+// Σ over a chunk of exp(x) for both sides, and of the KL's weighted difference of the two.
+template <class Real>
+struct ChunkSums {
+  Real student, teacher, dot;
+};
+
+// student_exp = exp((s - student_shift) / T), likewise the teacher's, with their sums. For the two
+// KLs also dot = Σ e · (difference of the scaled logits), out of which their value follows.
+template <Divergence D, class Real>
+KDFAST_CLONES ChunkSums<Real> exponentiate(const Real* s, const Real* t, int64_t n,
+                                           Real student_shift, Real teacher_shift,
+                                           Real student_scale, Real teacher_scale,
+                                           Real* student_exp, Real* teacher_exp) {
+  Real student_sum = 0, teacher_sum = 0, dot = 0;
+#pragma omp simd reduction(+ : student_sum, teacher_sum, dot)
+  for (int64_t i = 0; i < n; ++i) {
+    const Real x = (s[i] - student_shift) * student_scale;
+    const Real y = (t[i] - teacher_shift) * teacher_scale;
+    const Real es = exp_nonpositive(x);
+    const Real et = exp_nonpositive(y);
+    student_exp[i] = es;
+    teacher_exp[i] = et;
+    student_sum += es;
+    teacher_sum += et;
+    // e > 0: an entry without probability contributes 0, not 0 * inf.
+    if (D == Divergence::kForwardKl) dot += et > 0 ? et * (y - x) : Real(0);
+    if (D == Divergence::kReverseKl) dot += es > 0 ? es * (x - y) : Real(0);
+  }
+  return {student_sum, teacher_sum, dot};
+}
+
+template <class Real>
+KDFAST_CLONES Real exponentiate_hard(const Real* s, int64_t n, Real shift, Real* out) {
+  Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = exp_nonpositive(s[i] - shift);
+    sum += out[i];
+  }
+  return sum;
+}
+
+// KL(q‖p): f = g = q · (log q - log p). The student's exponentials become q, the teacher's become g.
+// `log_ratio` is what the normalisers add to the difference of the scaled logits.
+template <class Real>
+KDFAST_CLONES void reverse_kl_terms(const Real* s, const Real* t, int64_t n, Real student_shift,
+                                    Real teacher_shift, Real student_scale, Real teacher_scale,
+                                    Real log_ratio, Real q_weight, Real* q_of_exp,
+                                    Real* g_of_exp) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const Real x = (s[i] - student_shift) * student_scale;
+    const Real y = (t[i] - teacher_shift) * teacher_scale;
+    const Real q = q_of_exp[i] * q_weight;
+    q_of_exp[i] = q;
+    g_of_exp[i] = q > 0 ? q * (x - y + log_ratio) : q;
+  }
+}
+
+template <class Real>
+struct Terms {
+  Real f, g;
+};
+
+// Σ f and Σ g of a chunk for the divergences that need p and q side by side; f and g = q · ∂f/∂q are
+// derived in docs/math.md. The student's exponentials become q and the teacher's become g.
+template <Divergence D, class Real>
+KDFAST_CLONES Terms<Real> paired_terms(int64_t n, Real p_weight, Real q_weight, Real teacher_share,
+                                       Real* q_of_exp, Real* g_of_exp) {
+  constexpr Real kTiny = std::numeric_limits<Real>::min();
+  const Real student_share = 1 - teacher_share;
+  const Real log_share = std::log(student_share);
+  Real f_sum = 0, g_sum = 0;
+#pragma omp simd reduction(+ : f_sum, g_sum)
+  for (int64_t i = 0; i < n; ++i) {
+    const Real q = q_of_exp[i] * q_weight;
+    const Real p = g_of_exp[i] * p_weight;
+    Real f, g;
+    if (D == Divergence::kTvd) {
+      f = Real(0.5) * std::abs(p - q);
+      g = p < q ? 0 * q : -q;
+      g = p == q ? Real(-0.5) * q : g;
+    } else {
+      const Real mixture = teacher_share * p + student_share * q;
+      // Below the smallest normal number, p and q are nothing and so is what they would contribute.
+      const Real inverse = 1 / (mixture < kTiny ? kTiny : mixture);
+      const Real p_ratio = p * inverse;
+      const Real q_ratio = q * inverse;
+      const Real difference = (p - q) * inverse;
+      Real p_log_ratio = log_near_one(p_ratio, student_share * difference);
+      p_log_ratio = p < kTiny ? Real(0) : p_log_ratio;
+
+      // ∂f/∂q is wanted up to a constant: as log(student_share · q / m) it vanishes where the teacher
+      // has no say, and the gradient is not the small difference of large terms there. As p nears q,
+      // f wants log(q / m) instead. One logarithm of the better conditioned of the two gives both.
+      const Real teacher_part = teacher_share * p_ratio;
+      const bool student_rules = teacher_part < Real(0.25);
+      const Real log = log_near_one(student_rules ? student_share * q_ratio : q_ratio,
+                                    student_rules ? -teacher_part : -teacher_share * difference);
+      Real q_log_ratio = student_rules ? log - log_share : log;
+      Real q_log_part = student_rules ? log : log + log_share;
+      q_log_ratio = q < kTiny ? Real(0) : q_log_ratio;
+      q_log_part = q < kTiny ? Real(0) : q_log_part;
+
+      if (D == Divergence::kJsd) {
+        f = teacher_share * p * p_log_ratio + student_share * q * q_log_ratio;
+        g = student_share * q * q_log_part;
+      } else if (D == Divergence::kSkewForwardKl) {
+        f = p * p_log_ratio;
+        g = -student_share * p * q_ratio;
+      } else {
+        f = q * q_log_ratio;
+        g = q * (q_log_part + teacher_part);
+      }
+    }
+    f_sum += f;
+    g_sum += g;
+    q_of_exp[i] = q;
+    g_of_exp[i] = g;
+  }
+  return {f_sum, g_sum};
+}
+
+// The gradient of a chunk is linear in what the scratch holds: g · by_g + q · by_q + h · by_hard.
+template <class Real>
+struct Coefficients {
+  Real by_g, by_q, by_hard;
+};
+
+template <class Real>
+KDFAST_CLONES void combine(const Real* g, const Real* q, const Real* hard, int64_t n,
+                           Coefficients<Real> c, Real* out) {
+  if (hard) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = g[i] * c.by_g + q[i] * c.by_q + hard[i] * c.by_hard;
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = g[i] * c.by_g + q[i] * c.by_q;
+  }
+}
+
+void store(const float* values, int64_t begin, int64_t n, DType dtype, char* row) {
+  if (dtype == DType::kBFloat16)
+    round_to(values, n, reinterpret_cast<bfloat16*>(row) + begin);
+  else
+    round_to(values, n, reinterpret_cast<float16*>(row) + begin);
+}
+
+void store(const double*, int64_t, int64_t, DType, char*) {}
+
+template <class Real>
+constexpr DType kOwnDType = sizeof(Real) == 8 ? DType::kFloat64 : DType::kFloat32;
+
+// What one thread needs for a row: its exponentials, and the shift that each chunk of them has.
+template <class Real>
+struct Scratch {
+  std::vector<Real> student, teacher, hard;
+  std::vector<Real> student_shift, teacher_shift;
+  Real s_buffer[kChunk], t_buffer[kChunk], gradient_buffer[kChunk];
+
+  Scratch(int64_t vocab, bool separate_hard)
+      : student(vocab),
+        teacher(vocab),
+        hard(separate_hard ? vocab : 0),
+        student_shift((vocab + kChunk - 1) / kChunk),
+        teacher_shift(student_shift.size()) {}
+};
+
+template <Divergence D, class Real>
+void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratch<Real>& scratch) {
+  const int64_t row = outer * call.inner_rows + inner;
+  const int64_t rows = call.outer_rows * call.inner_rows;
+  const int64_t vocab = call.vocab_size;
+  const bool need_gradient = call.gradient.data != nullptr;
+  const int64_t label = call.labels.at(row, 0);
+  char* gradient_row = need_gradient ? call.gradient.row(outer, inner) : nullptr;
+  const int64_t gradient_item = size_of(call.gradient.dtype);
+
+  if (call.labels.data && label == call.ignore_index) {
+    for (int part = 0; part < 3; ++part) call.losses[part * rows + row] = 0;
+    if (need_gradient) std::memset(gradient_row, 0, call.width * gradient_item);
+    return;
+  }
+
+  const char* student_row = call.student.row(outer, inner);
+  const char* teacher_row = call.teacher.row(outer, inner);
+  const Real temperature = call.temperature.at(row, 1);
+  const bool hard_is_soft = temperature == 1;
+
+  RunningSoftmax<Real> student{1 / temperature};
+  RunningSoftmax<Real> teacher{1 / call.teacher_temperature.at(row, 1)};
+  double dot = 0, hard_sum = 0;
+  for (int64_t begin = 0; begin < vocab; begin += kChunk) {
+    const int64_t n = std::min(kChunk, vocab - begin);
+    const Real* s = load(student_row, call.student.dtype, begin, n, scratch.s_buffer);
+    const Real* t = load(teacher_row, call.teacher.dtype, begin, n, scratch.t_buffer);
+
+    const double teacher_before = teacher.sum, student_before = student.sum;
+    const Real hard_before = student.shift();
+    const double student_delta = student.raise_max(max_of(s, n));
+    const double teacher_delta = teacher.raise_max(max_of(t, n));
+    // The difference of the scaled logits moves with both shifts. Nothing left to weigh: no 0 * inf.
+    if (D == Divergence::kForwardKl)
+      dot = teacher.decay == 0
+                ? 0
+                : teacher.decay * (dot + teacher_before * (teacher_delta - student_delta));
+    if (D == Divergence::kReverseKl)
+      dot = student.decay == 0
+                ? 0
+                : student.decay * (dot + student_before * (student_delta - teacher_delta));
+
+    const auto sums = exponentiate<D>(
+        s, t, n, student.shift(), teacher.shift(), student.inverse_temperature,
+        teacher.inverse_temperature, scratch.student.data() + begin, scratch.teacher.data() + begin);
+    student.sum += sums.student;
+    teacher.sum += sums.teacher;
+    dot += sums.dot;
+    scratch.student_shift[begin / kChunk] = student.shift();
+    scratch.teacher_shift[begin / kChunk] = teacher.shift();
+    if (call.need_hard && !hard_is_soft) {
+      hard_sum *= std::exp(double(hard_before) - student.shift());
+      hard_sum +=
+          exponentiate_hard(s, n, student.shift(), scratch.hard.data() + begin);
+    }
+  }
+  if (hard_is_soft) hard_sum = student.sum;
+
+  // What the exponentials of a chunk must be multiplied by to be probabilities.
+  const auto weight_of = [](const RunningSoftmax<Real>& side, double sum, Real chunk_shift) {
+    return std::exp((double(chunk_shift) - side.shift()) * side.inverse_temperature) / sum;
+  };
+  const auto q_weight = [&](int64_t chunk) {
+    return weight_of(student, student.sum, scratch.student_shift[chunk]);
+  };
+  const auto p_weight = [&](int64_t chunk) {
+    return weight_of(teacher, teacher.sum, scratch.teacher_shift[chunk]);
+  };
+
+  const double log_ratio = std::log(teacher.sum) - std::log(student.sum);
+  double soft = 0, g_sum = 0;
+  if (D == Divergence::kForwardKl) {
+    soft = dot / teacher.sum - log_ratio;
+    g_sum = -1;
+  } else if (D == Divergence::kReverseKl) {
+    soft = dot / student.sum + log_ratio;
+    g_sum = soft;
+  } else {
+    const double teacher_share = D == Divergence::kSkewReverseKl ? 1 - call.beta : call.beta;
+    for (int64_t begin = 0; begin < vocab; begin += kChunk) {
+      const auto sums = paired_terms<D>(
+          std::min(kChunk, vocab - begin), Real(p_weight(begin / kChunk)),
+          Real(q_weight(begin / kChunk)), Real(teacher_share), scratch.student.data() + begin,
+          scratch.teacher.data() + begin);
+      soft += sums.f;
+      g_sum += sums.g;
+    }
+  }
+
+  double hard = 0;
+  if (call.need_hard) {
+    const Real at_label =
+        *load(student_row, call.student.dtype, label, 1, scratch.s_buffer);
+    hard = std::log(hard_sum) - (double(at_label) - student.shift());
+  }
+  const double weight = call.token_weight.at(row, 1);
+  const double t2 = call.scale_t2 ? double(temperature) * temperature : 1;
+  // A share of 0 takes its term out, infinite or not.
+  const double total = (call.alpha > 0 ? call.alpha * t2 * soft : 0) +
+                       (call.alpha < 1 ? (1 - call.alpha) * hard : 0);
+  call.losses[row] = Real(weight * total);
+  call.losses[rows + row] = Real(weight * soft);
+  call.losses[2 * rows + row] = Real(weight * hard);
+  if (!need_gradient) return;
+
+  const double scale = weight * call.grad_scale.at(row, 1);
+  const double soft_scale = scale * call.alpha * t2 / temperature;
+  const double hard_scale = call.need_hard ? scale * (1 - call.alpha) : 0;
+  const bool separate_hard = hard_scale != 0 && !hard_is_soft;
+  const bool direct = call.gradient.dtype == kOwnDType<Real>;
+  for (int64_t begin = 0; begin < vocab; begin += kChunk) {
+    const int64_t n = std::min(kChunk, vocab - begin);
+    const int64_t chunk = begin / kChunk;
+    // Exponentials after a forward KL, probabilities after the others.
+    double by_g = soft_scale, by_q = -soft_scale * g_sum, by_hard = 0;
+    if (D == Divergence::kForwardKl) {
+      by_g *= -p_weight(chunk);
+      by_q *= q_weight(chunk);
+    }
+    if (D == Divergence::kReverseKl) {
+      reverse_kl_terms(load(student_row, call.student.dtype, begin, n, scratch.s_buffer),
+                       load(teacher_row, call.teacher.dtype, begin, n, scratch.t_buffer), n,
+                       student.shift(), teacher.shift(), student.inverse_temperature,
+                       teacher.inverse_temperature, Real(log_ratio), Real(q_weight(chunk)),
+                       scratch.student.data() + begin, scratch.teacher.data() + begin);
+    }
+    if (separate_hard) {
+      by_hard = hard_scale * std::exp(double(scratch.student_shift[chunk]) - student.shift()) / hard_sum;
+    } else {
+      by_q += hard_scale * (D == Divergence::kForwardKl ? q_weight(chunk) : 1);
+    }
+
+    Real* out = direct ? reinterpret_cast<Real*>(gradient_row) + begin : scratch.gradient_buffer;
+    combine(scratch.teacher.data() + begin, scratch.student.data() + begin,
+            separate_hard ? scratch.hard.data() + begin : nullptr, n,
+            {Real(by_g), Real(by_q), Real(by_hard)}, out);
+    if (hard_scale != 0 && label >= begin && label < begin + n) out[label - begin] -= Real(hard_scale);
+    if (!direct) store(out, begin, n, call.gradient.dtype, gradient_row);
+  }
+  std::memset(gradient_row + vocab * gradient_item, 0, (call.width - vocab) * gradient_item);
+}
+
+template <Divergence D, class Real>
+void all_rows(const KdLossRows<Real>& call) {
+  const int64_t rows = call.outer_rows * call.inner_rows;
+  const int threads = static_cast<int>(std::min<int64_t>(call.threads, rows));
+  std::vector<Scratch<Real>> scratch(threads, Scratch<Real>(call.vocab_size, call.need_hard));
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch<Real>& mine = scratch[thread_index()];
+#pragma omp for schedule(dynamic)
+    for (int64_t row = 0; row < rows; ++row)
+      row_loss<D>(call, row / call.inner_rows, row % call.inner_rows, mine);
+  }
+}
+
+}  // namespace
+
+template <class Real>
+void kd_loss_rows(const KdLossRows<Real>& call) {
+  const int64_t rows = call.outer_rows * call.inner_rows;
+  if (rows == 0) return;
+  if (call.gradient.data && call.gradient.data != call.student.data)
+    prefer_huge_pages(call.gradient.data, rows * call.width * size_of(call.gradient.dtype));
+  switch (call.divergence) {
+    case Divergence::kForwardKl:
+      return all_rows<Divergence::kForwardKl>(call);
+    case Divergence::kReverseKl:
+      return all_rows<Divergence::kReverseKl>(call);
+    case Divergence::kJsd:
+      return all_rows<Divergence::kJsd>(call);
+    case Divergence::kSkewForwardKl:
+      return all_rows<Divergence::kSkewForwardKl>(call);
+    case Divergence::kSkewReverseKl:
+      return all_rows<Divergence::kSkewReverseKl>(call);
+    case Divergence::kTvd:
+      return all_rows<Divergence::kTvd>(call);
+  }
+}
+
+template void kd_loss_rows(const KdLossRows<float>&);
+template void kd_loss_rows(const KdLossRows<double>&);
+
+}  // namespace kdfast
