@@ -1,7 +1,7 @@
-"""Builds kdfast._C with CMake and ninja. No torch header is used, so one binary serves every torch release.
+"""Builds kdfast._C with CMake and ninja, without a torch header: one binary serves every torch.
 
-KDFAST_BUILD_CPP=auto|0|1: build the C++ extension if there is a compiler, never, or always. A build that starts and
-fails is an error.
+KDFAST_BUILD_CPP=auto|0|1: build the C++ extension if there is a compiler, never, or always. A build
+that starts and fails is an error.
 """
 
 import os
@@ -35,7 +35,8 @@ class BuildWithCMake(build_ext):
         if _compiler() is None and _setting() == "auto":
             self.extensions = []
             self.warn(
-                "no C++ compiler found: kdfast installs without its CPU kernels and runs in plain PyTorch there"
+                "no C++ compiler found: kdfast installs without its CPU kernels "
+                "and runs in plain PyTorch there"
             )
             return
         super().run()

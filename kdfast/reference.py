@@ -1,7 +1,7 @@
 """Every operation in plain PyTorch: the executable specification.
 
-Nothing here is fast, and everything here may be differentiated: the fused backends are tested against these
-functions in float64, and a device that no fused backend serves is served by them.
+Nothing here is fast, and everything here may be differentiated: the fused backends are tested
+against these functions in float64, and a device that no fused backend serves is served by them.
 """
 
 import torch
@@ -11,14 +11,16 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_rever
 
 
 def canonical_divergence(divergence: str, beta: float) -> str:
-    """The divergence that `divergence` is at this `beta`: a mixture that contains one side alone is a plain KL."""
+    """What `divergence` is at this `beta`: a mixture that holds one side alone makes a plain KL."""
     endpoints = {
         ("jsd", 0.0): "forward_kl",
         ("jsd", 1.0): "reverse_kl",
         ("skew_forward_kl", 0.0): "forward_kl",
         ("skew_reverse_kl", 0.0): "reverse_kl",
     }
-    return endpoints.get((divergence, float(beta)), divergence)
+    # A share that float32 cannot hold is none.
+    beta = 0.0 if beta < torch.finfo(torch.float32).tiny else float(beta)
+    return endpoints.get((divergence, beta), divergence)
 
 
 def _weighted(weight: Tensor, log_ratio: Tensor) -> Tensor:
@@ -31,9 +33,9 @@ def divergence_terms(
 ) -> tuple[Tensor, Tensor]:
     """Per entry, f(log p, log q) and g = q · ∂f/∂q.
 
-    The divergence of a token is Σ f, and its gradient with respect to the student's scaled logits is g − q · Σ g. That
-    does not see a constant in ∂f/∂q: it is chosen so that ∂f/∂q vanishes where p does, which keeps the gradient from
-    being the small difference of large terms.
+    The divergence of a token is Σ f, and its gradient with respect to the student's scaled logits
+    is g − q · Σ g. That does not see a constant in ∂f/∂q: it is chosen so that ∂f/∂q vanishes where
+    p does, which keeps the gradient from being the small difference of large terms.
 
     Args:
         divergence: one of `DIVERGENCES`.
@@ -70,7 +72,8 @@ def divergence_terms(
 
 
 def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    # The maximum is subtracted before the division: logits / T rounds by ulp(max / T), which a small T makes large.
+    # The maximum is subtracted before the division: logits / T rounds by ulp(max / T), which a
+    # small T makes large.
     if isinstance(temperature, Tensor):
         temperature = temperature.to(logits.dtype).unsqueeze(-1)
     return ((logits - logits.detach().amax(-1, keepdim=True)) / temperature).log_softmax(-1)
@@ -96,17 +99,21 @@ def kd_loss_rows(
 ) -> Tensor:
     """The distillation loss of each token, and on request its gradient.
 
-    This is the contract of every backend of `kd_loss`. total = weight · (alpha · T² · soft + (1 − alpha) · hard).
+    This is the contract of every backend of `kd_loss`. total = weight · (alpha · T² · soft + (1 −
+    alpha) · hard).
 
     Args:
-        student_logits: `[..., V_s]`, any floating dtype; computed in float32, or float64 for float64.
+        student_logits: `[..., V_s]`, any floating dtype; computed in float32, or float64 for
+            float64.
         teacher_logits: `[..., V_t]`.
-        labels: `[...]` integers, or None. A token labelled `ignore_index` has no loss and no gradient.
+        labels: `[...]` integers, or None. A token labelled `ignore_index` has no loss and no
+            gradient.
         token_weight: `[...]`, or None for 1.
         temperature, teacher_temperature: a number, or a tensor `[...]`.
-        grad_scale: a tensor that broadcasts to `[...]` and multiplies the gradient before it is rounded.
-        gradient: `[..., V_s]`, filled with ∂ Σ (grad_scale · total) / ∂ student_logits; None to leave it out. It may be
-            `student_logits` itself.
+        grad_scale: a tensor that broadcasts to `[...]` and multiplies the gradient before it is
+            rounded.
+        gradient: `[..., V_s]`, filled with ∂ Σ (grad_scale · total) / ∂ student_logits; None to
+            leave it out. It may be `student_logits` itself.
         vocab_size: the columns that exist; the others have no probability and a zero gradient.
         need_hard: whether the hard term is wanted although alpha is 1.
 
@@ -120,7 +127,8 @@ def kd_loss_rows(
     counted = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
     if labels is not None:
         counted = labels != ignore_index
-    # Ignored rows may hold NaN: they are emptied before anything is computed, so that no 0 · NaN survives.
+    # Ignored rows may hold NaN: they are emptied before anything is computed, so that no 0 · NaN
+    # survives.
     student = torch.where(counted.unsqueeze(-1), student_logits[..., :vocab_size].to(real), 0.0)
     teacher = torch.where(counted.unsqueeze(-1), teacher_logits[..., :vocab_size].to(real), 0.0)
     weight = (

@@ -146,9 +146,8 @@ struct Terms {
 // derived in docs/math.md. The student's exponentials become q and the teacher's become g.
 template <Divergence D, class Real>
 KDFAST_CLONES Terms<Real> paired_terms(int64_t n, Real p_weight, Real q_weight, Real teacher_share,
-                                       Real* q_of_exp, Real* g_of_exp) {
+                                       Real student_share, Real* q_of_exp, Real* g_of_exp) {
   constexpr Real kTiny = std::numeric_limits<Real>::min();
-  const Real student_share = 1 - teacher_share;
   const Real log_share = std::log(student_share);
   Real f_sum = 0, g_sum = 0;
 #pragma omp simd reduction(+ : f_sum, g_sum)
@@ -182,14 +181,16 @@ KDFAST_CLONES Terms<Real> paired_terms(int64_t n, Real p_weight, Real q_weight, 
       q_log_ratio = q < kTiny ? Real(0) : q_log_ratio;
       q_log_part = q < kTiny ? Real(0) : q_log_part;
 
+      // m - p and m - q sum to 0, but for the rounding of the normalisers, which f without them would
+      // feel in full. With them no entry of f is negative. In the JSD they cancel.
       if (D == Divergence::kJsd) {
         f = teacher_share * p * p_log_ratio + student_share * q * q_log_ratio;
         g = student_share * q * q_log_part;
       } else if (D == Divergence::kSkewForwardKl) {
-        f = p * p_log_ratio;
+        f = p * p_log_ratio - student_share * (p - q);
         g = -student_share * p * q_ratio;
       } else {
-        f = q * q_log_ratio;
+        f = q * q_log_ratio + teacher_share * (p - q);
         g = q * (q_log_part + teacher_part);
       }
     }
@@ -325,15 +326,19 @@ void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratc
     soft = dot / student.sum + log_ratio;
     g_sum = soft;
   } else {
-    const double teacher_share = D == Divergence::kSkewReverseKl ? 1 - call.beta : call.beta;
+    const bool reverse = D == Divergence::kSkewReverseKl;
+    const Real teacher_share = Real(reverse ? 1 - call.beta : call.beta);
+    const Real student_share = Real(reverse ? call.beta : 1 - call.beta);
     for (int64_t begin = 0; begin < vocab; begin += kChunk) {
       const auto sums = paired_terms<D>(
           std::min(kChunk, vocab - begin), Real(p_weight(begin / kChunk)),
-          Real(q_weight(begin / kChunk)), Real(teacher_share), scratch.student.data() + begin,
+          Real(q_weight(begin / kChunk)), teacher_share, student_share, scratch.student.data() + begin,
           scratch.teacher.data() + begin);
       soft += sums.f;
       g_sum += sums.g;
     }
+    // A NaN on either side is in its sum of exponentials, but not in the logarithm of a ratio.
+    if (std::isnan(student.sum + teacher.sum)) soft = g_sum = student.sum + teacher.sum;
   }
 
   double hard = 0;

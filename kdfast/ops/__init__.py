@@ -1,1 +1,1 @@
-"""One file per operation: argument checks, autograd, operator schema and the way to each backend."""
+"""One file per operation: argument checks, autograd, operator schema, and the way to a backend."""

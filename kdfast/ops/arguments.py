@@ -1,4 +1,7 @@
-"""What the operations ask of their arguments. Every error names the argument, what came and what was expected."""
+"""What the operations ask of their arguments.
+
+Every error names the argument, what came and what was expected.
+"""
 
 import math
 import os
@@ -69,5 +72,5 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def values_are_checked(device: torch.device) -> bool:
-    """Whether to look at values: always on the CPU, elsewhere only for KDFAST_DEBUG=1, because it synchronises."""
+    """Whether to look at values: on the CPU. Elsewhere it synchronises: only for KDFAST_DEBUG=1."""
     return device.type == "cpu" or os.environ.get("KDFAST_DEBUG", "0") == "1"

@@ -13,7 +13,8 @@ def _scale_on_cpu(gradient: Tensor, incoming: Tensor) -> None:
         if incoming.item() != 1.0:
             gradient.mul_(incoming)
         return
-    # Row by row in the gradient's own storage: a mixed-precision product of the whole would build a float32 copy.
+    # Row by row in the gradient's own storage: a mixed-precision product of the whole would build a
+    # float32 copy.
     for row, scale in zip(gradient.flatten(0, -2), incoming.flatten(), strict=True):
         row.mul_(scale)
 
@@ -44,16 +45,16 @@ def _(gradient: Tensor, incoming: Tensor) -> None:
 
 
 def refuse_double_backward(operation: str) -> None:
-    """Called in a backward pass: grad mode is on there only when a graph of the gradient is wanted."""
+    """To call in a backward pass, where grad mode is on if a graph of the gradient is wanted."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             f"{operation} has no second derivative: its gradient is computed in the forward pass. "
-            f"Call backward without create_graph=True, or differentiate kdfast.reference.{operation} instead"
+            f"Call backward without create_graph=True"
         )
 
 
 def graph_is_retained() -> bool:
-    """Whether the running backward pass may be repeated, so that what was saved for it must survive it."""
+    """Whether the running backward pass may be repeated, so that what it saved must survive it."""
     # A traced backward must be functional, and so must one that runs again.
     return torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
 
@@ -63,7 +64,8 @@ def scale_gradient(gradient: Tensor, incoming: Tensor) -> Tensor:
 
     Args:
         gradient: `[..., V]`, saved in the forward pass.
-        incoming: a 0-d tensor, or one value per row `[...]`. Nothing is read from a GPU, and 1 costs no sweep.
+        incoming: a 0-d tensor, or one value per row `[...]`. Nothing is read from a GPU, and 1
+            costs no sweep.
     """
     if graph_is_retained():
         return (gradient * (incoming if incoming.dim() == 0 else incoming.unsqueeze(-1))).to(

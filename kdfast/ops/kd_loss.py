@@ -1,7 +1,8 @@
 """Distillation between two dense sets of logits: `kd_loss`.
 
-Read from the bottom: the public function checks its arguments, the autograd function keeps the gradient that the
-forward pass computed, the operator normalises layouts and reduces, and a backend sweeps the rows.
+Read from the bottom: the public function checks its arguments, the autograd function keeps the
+gradient that the forward pass computed, the operator normalises layouts and reduces, and a backend
+sweeps the rows.
 """
 
 import math
@@ -20,11 +21,10 @@ from kdfast.ops.arguments import (
     check_number,
     check_per_token,
     check_same_device,
-    check_shape,
     values_are_checked,
 )
 from kdfast.ops.gradient import graph_is_retained, refuse_double_backward, scale_gradient
-from kdfast.reference import DIVERGENCES
+from kdfast.reference import DIVERGENCES, canonical_divergence
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -51,7 +51,8 @@ def _cpp_rows(
     rows = student.shape[0] * student.shape[1]
     losses = student.new_empty((3, rows), dtype=real)
 
-    # The kernel sees addresses: `keep` holds every tensor that a conversion made until it has returned.
+    # The kernel sees addresses: `keep` holds every tensor that a conversion made until it has
+    # returned.
     keep = []
 
     def per_row(values: Tensor | None, dtype: torch.dtype) -> tuple[int, int]:
@@ -94,7 +95,7 @@ def _cpp_rows(
         teacher_temperature=temperature_rows(teacher_temperature),
         grad_scale=per_row(grad_scale, real),
         losses=losses.data_ptr(),
-        divergence=DIVERGENCES.index(reference.canonical_divergence(divergence, beta)),
+        divergence=DIVERGENCES.index(divergence),
         beta=beta,
         alpha=alpha,
         scale_t2=scale_t2,
@@ -127,7 +128,7 @@ BACKENDS = {"cpp": _cpp_rows, "triton": _triton_rows, "torch": _torch_rows}
 
 
 def _as_rows(logits: Tensor) -> Tensor:
-    """`[outer, inner, V]` with unit stride along V: a view where strides allow, so that `logits[:, :-1]` is not copied."""
+    """`[outer, inner, V]` with unit stride along V; a view of `logits[:, :-1]` too, not a copy."""
     *leading, width = logits.shape
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
@@ -145,7 +146,8 @@ def _check_values(
         outside = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
         if outside.any():
             raise ValueError(
-                f"labels must be in [0, {vocab_size}) or ignore_index={ignore_index}, got {labels[outside][0].item()}"
+                f"labels must be in [0, {vocab_size}) or ignore_index={ignore_index}, "
+                f"got {labels[outside][0].item()}"
             )
     for name, temperature in temperatures.items():
         if temperature is not None and not ((temperature > 0) & temperature.isfinite()).all():
@@ -153,12 +155,17 @@ def _check_values(
 
 
 registry.library.define(
-    "kd_loss_forward(Tensor student_logits, Tensor teacher_logits, Tensor? labels, Tensor? token_weight, "
-    "Tensor? temperature_per_token, Tensor? teacher_temperature_per_token, Tensor? num_items, Tensor? incoming, "
-    "Tensor(a!)? gradient, *, str divergence, float beta, float temperature, float teacher_temperature, "
-    "bool scale_t2, float alpha, int ignore_index, SymInt vocab_size, str reduction, bool need_parts"
+    "kd_loss_forward(Tensor student_logits, Tensor teacher_logits, Tensor? labels, "
+    "Tensor? token_weight, Tensor? temperature_per_token, Tensor? teacher_temperature_per_token, "
+    "Tensor? num_items, Tensor? incoming, Tensor(a!)? gradient, *, str divergence, float beta, "
+    "float temperature, float teacher_temperature, bool scale_t2, float alpha, int ignore_index, "
+    "SymInt vocab_size, str reduction, bool need_parts"
     ") -> (Tensor total, Tensor soft, Tensor hard)"
 )
+
+
+def _accumulation_dtype(device: torch.device) -> torch.dtype:
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
 
 
 def _result_dtype(student_logits: Tensor) -> torch.dtype:
@@ -197,7 +204,8 @@ def _kd_loss_forward(
         _check_values(labels, temperatures, ignore_index, vocab_size)
     rows = registry.select("kd_loss", BACKENDS, student_logits)
 
-    grad_scale = None if incoming is None else incoming.double()
+    real = _accumulation_dtype(device)
+    grad_scale = None if incoming is None else incoming.to(real)
     if grad_scale is not None and grad_scale.dim() > 0:
         grad_scale = grad_scale.flatten()
     inverse_divisor = None
@@ -220,7 +228,7 @@ def _kd_loss_forward(
         else teacher_temperature_per_token.flatten(),
         None if grad_scale is None else grad_scale.to(_result_dtype(student_logits)),
         None if gradient is None else _as_rows(gradient),
-        divergence=divergence,
+        divergence=canonical_divergence(divergence, beta),
         beta=beta,
         scale_t2=scale_t2,
         alpha=alpha,
@@ -232,7 +240,7 @@ def _kd_loss_forward(
     def reduce(per_token: Tensor) -> Tensor:
         if reduction == "none":
             return per_token.reshape(leading).clone()
-        total = per_token.sum(dtype=torch.float64)
+        total = per_token.sum(dtype=real)
         return (total if inverse_divisor is None else total * inverse_divisor).to(per_token.dtype)
 
     if need_parts:
@@ -253,13 +261,14 @@ def _(student_logits: Tensor, *args: object, reduction: str, need_parts: bool, *
 class _KDLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_logits, *inputs_and_settings):
-        *inputs, overwrite, settings = inputs_and_settings
+        *inputs, need_grad, overwrite, settings = inputs_and_settings
         ctx.settings, ctx.overwrite = settings, overwrite
-        # A float16 gradient waits for the backward pass: a loss scale of 65536 must reach it before it is rounded.
+        # A float16 gradient waits for the backward pass: a loss scale of 65536 must reach it before
+        # it is rounded.
         ctx.deferred = student_logits.dtype == torch.float16
         gradient = None
-        if ctx.needs_input_grad[0] and not ctx.deferred:
-            gradient = student_logits if overwrite else _empty_gradient(student_logits)
+        if need_grad and not ctx.deferred:
+            gradient = _gradient_buffer(student_logits, overwrite)
         outputs = torch.ops.kdfast.kd_loss_forward(
             student_logits, *inputs, None, gradient, **settings
         )
@@ -272,18 +281,21 @@ class _KDLoss(torch.autograd.Function):
         refuse_double_backward("kd_loss")
         if ctx.deferred:
             student_logits, *inputs = ctx.saved_tensors
-            overwrite = ctx.overwrite and not graph_is_retained()
-            gradient = student_logits.detach() if overwrite else _empty_gradient(student_logits)
+            gradient = _gradient_buffer(student_logits, ctx.overwrite and not graph_is_retained())
             torch.ops.kdfast.kd_loss_forward(
                 student_logits, *inputs, incoming, gradient, **ctx.settings
             )
         else:
-            gradient = scale_gradient(ctx.saved_tensors[0].detach(), incoming)
-        return gradient, *[None] * 8
+            gradient = scale_gradient(ctx.saved_tensors[0], incoming)
+        return gradient, *[None] * 9
 
 
-def _empty_gradient(logits: Tensor) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+def _gradient_buffer(student_logits: Tensor, overwrite: bool) -> Tensor:
+    if not overwrite:
+        return torch.empty_like(student_logits, memory_format=torch.contiguous_format)
+    # Whoever saved the logits for a backward pass of its own must be told that they are gone.
+    torch.autograd.graph.increment_version(student_logits)
+    return student_logits.detach()
 
 
 def kd_loss(
@@ -305,51 +317,57 @@ def kd_loss(
     return_parts: bool = False,
     overwrite_student_logits: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Knowledge-distillation loss between two sets of logits, with the hard-label term from the same sweep.
+    """Distillation loss between two sets of logits, the hard-label term from the same sweep.
 
     With p = softmax(t / T_t), q = softmax(s / T) over the vocabulary, each token's loss is
 
         token_weight · (alpha · T² · D(p, q) + (1 − alpha) · CE(softmax(s), label))
 
-    after Hinton et al. 2015, "Distilling the Knowledge in a Neural Network". D is chosen by `divergence`:
+    after Hinton et al. 2015, "Distilling the Knowledge in a Neural Network". D is chosen by
+    `divergence`:
 
-        forward_kl       KL(p‖q)
-        reverse_kl       KL(q‖p)
-        jsd              β·KL(p‖m) + (1−β)·KL(q‖m), m = βp + (1−β)q  (Agarwal et al. 2024; β=0, 1: forward, reverse KL)
+        forward_kl       KL(p‖q) reverse_kl       KL(q‖p) jsd              β·KL(p‖m) +
+        (1−β)·KL(q‖m), m = βp + (1−β)q  (Agarwal et al. 2024; β=0, 1: forward, reverse KL)
         skew_forward_kl  KL(p‖βp + (1−β)q)                           (Ko et al. 2024, DistiLLM)
-        skew_reverse_kl  KL(q‖(1−β)p + βq)
-        tvd              ½ Σ |p − q|
+        skew_reverse_kl  KL(q‖(1−β)p + βq) tvd              ½ Σ |p − q|
 
     Args:
-        student_logits: `[..., V_s]`, float32, bfloat16, float16 or float64. Gradients flow here and nowhere else.
+        student_logits: `[..., V_s]`, float32, bfloat16, float16 or float64. Gradients flow here and
+            nowhere else.
         teacher_logits: `[..., V_t]`, the same leading shape and device; its dtype may differ.
-        labels: `[...]`, integers. A token labelled `ignore_index` counts for nothing, whatever its logits hold.
+        labels: `[...]`, integers. A token labelled `ignore_index` counts for nothing, whatever its
+            logits hold.
         divergence: the soft term, see above.
         beta: the mixture weight of jsd and the skewed divergences, in [0, 1].
         temperature: the student's T, a number or one value per token `[...]`.
         teacher_temperature: the teacher's T_t; None takes the student's.
         scale_t2: multiply the soft term by T², which keeps its gradients' size independent of T.
-        alpha: the soft term's share, in [0, 1]; below 1 it needs labels. The hard term is always at temperature 1.
+        alpha: the soft term's share, in [0, 1]; below 1 it needs labels. The hard term is always at
+            temperature 1.
         ignore_index: the label of tokens that do not count.
-        token_weight: `[...]`, multiplies each token's loss; the mean still divides by the number of counted tokens.
-        vocab_size: the columns that exist. Columns at and beyond it are padding on either side: no probability, zero
-            gradient. Needed when V_s and V_t differ.
+        token_weight: `[...]`, multiplies each token's loss; the mean still divides by the number of
+            counted tokens.
+        vocab_size: the columns that exist. Columns at and beyond it are padding on either side: no
+            probability, zero gradient. Needed when V_s and V_t differ.
         reduction: "mean" over counted tokens, "sum", or "none" for the leading shape.
-        num_items: replaces the number of counted tokens as the mean's divisor, for gradient accumulation.
-        return_parts: return `(total, soft, hard)`; soft is D and hard is CE, reduced like the total but without alpha
-            and T², both detached. hard is 0 without labels.
-        overwrite_student_logits: let the gradient take the storage of the logits, which are lost: a training step then
-            allocates nothing of their size. torch.compile plans memory by itself and leaves the logits alone.
+        num_items: replaces the number of counted tokens as the mean's divisor, for gradient
+            accumulation.
+        return_parts: return `(total, soft, hard)`; soft is D and hard is CE, reduced like the total
+            but without alpha and T², both detached. hard is 0 without labels.
+        overwrite_student_logits: let the gradient take the storage of the logits, which are lost: a
+            training step then allocates nothing of their size. torch.compile plans memory by itself
+            and leaves the logits alone.
 
     Returns:
-        The loss, float32 (float64 for float64 logits): 0-d, or `[...]` for reduction="none". No counted token: 0.
+        The loss, float32 (float64 for float64 logits): 0-d, or `[...]` for reduction="none". No
+        counted token: 0.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
 
     Example:
-        >>> loss = kdfast.kd_loss(student_logits, teacher_logits, labels, temperature=2.0, alpha=0.5)
-        >>> loss.backward()
+        >>> loss = kdfast.kd_loss(student_logits, teacher_logits, labels, temperature=2.0,
+        alpha=0.5) >>> loss.backward()
     """
     check_floating("student_logits", student_logits)
     check_floating("teacher_logits", teacher_logits)
@@ -360,7 +378,11 @@ def kd_loss(
         raise ValueError(
             "student_logits and teacher_logits must have a vocabulary dimension, got a 0-d tensor"
         )
-    check_shape("teacher_logits", teacher_logits[..., 0], tokens, "the student's leading shape")
+    if teacher_logits.shape[:-1] != tokens:
+        raise ValueError(
+            f"teacher_logits must have the student's leading shape {tuple(tokens)}, "
+            f"got {tuple(teacher_logits.shape[:-1])}"
+        )
     vocab_size = _checked_vocab_size(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1])
     check_choice("divergence", divergence, DIVERGENCES)
     check_choice("reduction", reduction, REDUCTIONS)
@@ -382,7 +404,8 @@ def kd_loss(
         "teacher_temperature", teacher_temperature, tokens, device
     )
     num_items = _checked_num_items(num_items, reduction, device)
-    if overwrite_student_logits:
+    overwrite = overwrite_student_logits and not torch.compiler.is_compiling()
+    if overwrite:
         _check_overwritable(student_logits)
 
     total, soft, hard = _KDLoss.apply(
@@ -393,7 +416,8 @@ def kd_loss(
         temperature_per_token,
         teacher_temperature_per_token,
         num_items,
-        overwrite_student_logits and not torch.compiler.is_compiling(),
+        torch.is_grad_enabled() and student_logits.requires_grad,
+        overwrite,
         {
             "divergence": divergence,
             "beta": float(beta),
@@ -454,21 +478,16 @@ def _checked_num_items(
         check_detached("num_items", num_items)
         return num_items.reshape(()).to(device)
     check_number("num_items", num_items, 0, open_low=True)
-    return torch.full((), num_items, dtype=torch.float64, device=device)
+    return torch.full((), num_items, dtype=_accumulation_dtype(device), device=device)
 
 
 def _check_overwritable(student_logits: Tensor) -> None:
-    strides = student_logits.stride()
+    rows = _as_rows(student_logits)
     repeated = any(
-        stride == 0 and size > 1 for stride, size in zip(strides, student_logits.shape, strict=True)
+        stride == 0 and size > 1 for stride, size in zip(rows.stride(), rows.shape, strict=True)
     )
-    if (
-        strides[-1] != 1
-        or repeated
-        or student_logits.dim() > 3
-        and not student_logits.is_contiguous()
-    ):
+    if repeated or rows.untyped_storage() is not student_logits.untyped_storage():
         raise ValueError(
-            "overwrite_student_logits needs student_logits whose rows are contiguous and distinct in memory, "
-            f"got strides {strides}"
+            "overwrite_student_logits needs student_logits whose rows are contiguous and distinct "
+            f"in memory, got strides {student_logits.stride()}"
         )

@@ -20,7 +20,7 @@ _chosen: list[str] = []
 
 @functools.cache
 def extension() -> ModuleType:
-    """The compiled module `kdfast._C`. Present but not loadable is an error, never a reason to be slow."""
+    """The compiled module `kdfast._C`: present but not loadable is an error, not a slow path."""
     try:
         return importlib.import_module("kdfast._C")
     except ImportError as error:
@@ -45,14 +45,14 @@ def missing(backend: str) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
         if not torch.cuda.is_available() and not _interpreted():
-            return "no CUDA device (TRITON_INTERPRET=1, set before Python starts, runs the kernels on the CPU)"
+            return "no CUDA device (TRITON_INTERPRET=1 runs its kernels on the CPU, for tests)"
     if backend == "cuda":
         return "no operation of this release has a CUDA C++ kernel"
     return None
 
 
 def available_backends() -> tuple[str, ...]:
-    """The names of the backends that work in this process, fastest first; "torch" is always among them."""
+    """The backends that work in this process, fastest first; "torch" is always among them."""
     return tuple(backend for backend in BACKENDS if missing(backend) is None)
 
 
@@ -65,7 +65,8 @@ def backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: the name is none of these.
-        RuntimeError: the backend does not work in this process; at a call, that it cannot serve these tensors.
+        RuntimeError: the backend does not work in this process; at a call, that it cannot serve
+            these tensors.
 
     Example:
         >>> with kdfast.backend("torch"):
@@ -105,10 +106,10 @@ def _warn_once(message: str) -> None:
 
 
 def select(operation: str, backends: Mapping[str, Callable], tensor: Tensor) -> Callable:
-    """The implementation of `operation`, out of its own `backends`, that serves tensors like `tensor`.
+    """The one of an operation's `backends` that serves tensors like `tensor`.
 
-    A backend chosen by hand serves the call or says why it cannot. Otherwise the device decides, and what no fused
-    backend serves goes to plain PyTorch, with one warning.
+    A backend chosen by hand serves the call or says why it cannot. Otherwise the device decides,
+    and what no fused backend serves goes to plain PyTorch, with one warning.
     """
     name = (
         _chosen[-1]
