@@ -34,9 +34,10 @@ class BuildWithCMake(build_ext):
     def run(self) -> None:
         if _compiler() is None and _setting() == "auto":
             self.extensions = []
-            self.warn(
+            print(
                 "no C++ compiler found: kdfast installs without its CPU kernels "
-                "and runs in plain PyTorch there"
+                "and runs in plain PyTorch there",
+                file=sys.stderr,
             )
             return
         super().run()

@@ -174,7 +174,7 @@ def test_stays_exact_as_the_student_converges(divergence, epsilon):
     else:
         # The divergence is ε² of p and q, which carry a rounding each; the gradient is ε of them.
         assert relative_error(loss, expected) < 3e-7 / epsilon**2
-        assert relative_error(gradient, expected_gradient) < 1e-6 / epsilon
+        assert relative_error(gradient, expected_gradient) < 2e-6 / epsilon
 
 
 # The keywords.
@@ -718,8 +718,9 @@ def test_divergences_are_divergences(rows, vocab, divergence, temperature, beta,
     options = {"divergence": divergence, "temperature": temperature, "beta": beta}
     loss, gradient = loss_and_gradient(student, teacher, scale_t2=False, **options)
     assert loss >= -1e-6
-    # The soft term does not see a shift of the logits, so its gradient sums to nothing.
-    assert gradient.sum(-1).abs().max() <= 1e-5 * gradient.abs().sum(-1).max() + 1e-7
+    # The soft term does not see a shift of the logits, so its gradient sums to nothing: nothing but
+    # the rounding of q · (∂f/∂q − Σ), two terms of the size of the loss.
+    assert gradient.sum(-1).abs().max() <= 1e-6 * (1 + loss) / temperature
     same, still = loss_and_gradient(teacher, teacher, scale_t2=False, **options)
     assert abs(same.item()) < 1e-6
     assert still.abs().max() < 1e-5 / temperature

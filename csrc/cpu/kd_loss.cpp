@@ -64,7 +64,8 @@ struct RunningSoftmax {
   // What a row of -inf is shifted by: -inf - (-inf) would be NaN.
   Real shift() const { return max == -std::numeric_limits<Real>::infinity() ? Real(0) : max; }
 
-  // (old shift - new shift) / temperature, after which everything summed so far is scaled by its exp.
+  // (old shift - new shift) / temperature, after which everything summed so far is scaled by its
+  // exp.
   double raise_max(Real chunk_max) {
     const Real before = shift();
     max = std::max(max, chunk_max);
@@ -120,13 +121,12 @@ KDFAST_CLONES Real exponentiate_hard(const Real* s, int64_t n, Real shift, Real*
   return sum;
 }
 
-// KL(q‖p): f = g = q · (log q - log p). The student's exponentials become q, the teacher's become g.
-// `log_ratio` is what the normalisers add to the difference of the scaled logits.
+// KL(q‖p): f = g = q · (log q - log p). The student's exponentials become q, the teacher's become
+// g. `log_ratio` is what the normalisers add to the difference of the scaled logits.
 template <class Real>
 KDFAST_CLONES void reverse_kl_terms(const Real* s, const Real* t, int64_t n, Real student_shift,
                                     Real teacher_shift, Real student_scale, Real teacher_scale,
-                                    Real log_ratio, Real q_weight, Real* q_of_exp,
-                                    Real* g_of_exp) {
+                                    Real log_ratio, Real q_weight, Real* q_of_exp, Real* g_of_exp) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const Real x = (s[i] - student_shift) * student_scale;
@@ -142,8 +142,8 @@ struct Terms {
   Real f, g;
 };
 
-// Σ f and Σ g of a chunk for the divergences that need p and q side by side; f and g = q · ∂f/∂q are
-// derived in docs/math.md. The student's exponentials become q and the teacher's become g.
+// Σ f and Σ g of a chunk for the divergences that need p and q side by side; f and g = q · ∂f/∂q
+// are derived in docs/math.md. The student's exponentials become q and the teacher's become g.
 template <Divergence D, class Real>
 KDFAST_CLONES Terms<Real> paired_terms(int64_t n, Real p_weight, Real q_weight, Real teacher_share,
                                        Real student_share, Real* q_of_exp, Real* g_of_exp) {
@@ -169,9 +169,10 @@ KDFAST_CLONES Terms<Real> paired_terms(int64_t n, Real p_weight, Real q_weight, 
       Real p_log_ratio = log_near_one(p_ratio, student_share * difference);
       p_log_ratio = p < kTiny ? Real(0) : p_log_ratio;
 
-      // ∂f/∂q is wanted up to a constant: as log(student_share · q / m) it vanishes where the teacher
-      // has no say, and the gradient is not the small difference of large terms there. As p nears q,
-      // f wants log(q / m) instead. One logarithm of the better conditioned of the two gives both.
+      // ∂f/∂q is wanted up to a constant: as log(student_share · q / m) it vanishes where the
+      // teacher has no say, and the gradient is not the small difference of large terms there. As p
+      // nears q, f wants log(q / m) instead. One logarithm of the better conditioned of the two
+      // gives both.
       const Real teacher_part = teacher_share * p_ratio;
       const bool student_rules = teacher_part < Real(0.25);
       const Real log = log_near_one(student_rules ? student_share * q_ratio : q_ratio,
@@ -181,8 +182,8 @@ KDFAST_CLONES Terms<Real> paired_terms(int64_t n, Real p_weight, Real q_weight, 
       q_log_ratio = q < kTiny ? Real(0) : q_log_ratio;
       q_log_part = q < kTiny ? Real(0) : q_log_part;
 
-      // m - p and m - q sum to 0, but for the rounding of the normalisers, which f without them would
-      // feel in full. With them no entry of f is negative. In the JSD they cancel.
+      // m - p and m - q sum to 0, but for the rounding of the normalisers, which f without them
+      // would feel in full. With them no entry of f is negative. In the JSD they cancel.
       if (D == Divergence::kJsd) {
         f = teacher_share * p * p_log_ratio + student_share * q * q_log_ratio;
         g = student_share * q * q_log_part;
@@ -280,7 +281,8 @@ void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratc
     const Real hard_before = student.shift();
     const double student_delta = student.raise_max(max_of(s, n));
     const double teacher_delta = teacher.raise_max(max_of(t, n));
-    // The difference of the scaled logits moves with both shifts. Nothing left to weigh: no 0 * inf.
+    // The difference of the scaled logits moves with both shifts. Nothing left to weigh: no 0 *
+    // inf.
     if (D == Divergence::kForwardKl)
       dot = teacher.decay == 0
                 ? 0
@@ -290,9 +292,10 @@ void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratc
                 ? 0
                 : student.decay * (dot + student_before * (student_delta - teacher_delta));
 
-    const auto sums = exponentiate<D>(
-        s, t, n, student.shift(), teacher.shift(), student.inverse_temperature,
-        teacher.inverse_temperature, scratch.student.data() + begin, scratch.teacher.data() + begin);
+    const auto sums =
+        exponentiate<D>(s, t, n, student.shift(), teacher.shift(), student.inverse_temperature,
+                        teacher.inverse_temperature, scratch.student.data() + begin,
+                        scratch.teacher.data() + begin);
     student.sum += sums.student;
     teacher.sum += sums.teacher;
     dot += sums.dot;
@@ -300,8 +303,7 @@ void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratc
     scratch.teacher_shift[begin / kChunk] = teacher.shift();
     if (call.need_hard && !hard_is_soft) {
       hard_sum *= std::exp(double(hard_before) - student.shift());
-      hard_sum +=
-          exponentiate_hard(s, n, student.shift(), scratch.hard.data() + begin);
+      hard_sum += exponentiate_hard(s, n, student.shift(), scratch.hard.data() + begin);
     }
   }
   if (hard_is_soft) hard_sum = student.sum;
@@ -330,10 +332,10 @@ void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratc
     const Real teacher_share = Real(reverse ? 1 - call.beta : call.beta);
     const Real student_share = Real(reverse ? call.beta : 1 - call.beta);
     for (int64_t begin = 0; begin < vocab; begin += kChunk) {
-      const auto sums = paired_terms<D>(
-          std::min(kChunk, vocab - begin), Real(p_weight(begin / kChunk)),
-          Real(q_weight(begin / kChunk)), teacher_share, student_share, scratch.student.data() + begin,
-          scratch.teacher.data() + begin);
+      const auto sums =
+          paired_terms<D>(std::min(kChunk, vocab - begin), Real(p_weight(begin / kChunk)),
+                          Real(q_weight(begin / kChunk)), teacher_share, student_share,
+                          scratch.student.data() + begin, scratch.teacher.data() + begin);
       soft += sums.f;
       g_sum += sums.g;
     }
@@ -343,8 +345,7 @@ void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratc
 
   double hard = 0;
   if (call.need_hard) {
-    const Real at_label =
-        *load(student_row, call.student.dtype, label, 1, scratch.s_buffer);
+    const Real at_label = *load(student_row, call.student.dtype, label, 1, scratch.s_buffer);
     hard = std::log(hard_sum) - (double(at_label) - student.shift());
   }
   const double weight = call.token_weight.at(row, 1);
@@ -379,7 +380,8 @@ void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratc
                        scratch.student.data() + begin, scratch.teacher.data() + begin);
     }
     if (separate_hard) {
-      by_hard = hard_scale * std::exp(double(scratch.student_shift[chunk]) - student.shift()) / hard_sum;
+      by_hard =
+          hard_scale * std::exp(double(scratch.student_shift[chunk]) - student.shift()) / hard_sum;
     } else {
       by_q += hard_scale * (D == Divergence::kForwardKl ? q_weight(chunk) : 1);
     }
@@ -388,7 +390,8 @@ void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratc
     combine(scratch.teacher.data() + begin, scratch.student.data() + begin,
             separate_hard ? scratch.hard.data() + begin : nullptr, n,
             {Real(by_g), Real(by_q), Real(by_hard)}, out);
-    if (hard_scale != 0 && label >= begin && label < begin + n) out[label - begin] -= Real(hard_scale);
+    if (hard_scale != 0 && label >= begin && label < begin + n)
+      out[label - begin] -= Real(hard_scale);
     if (!direct) store(out, begin, n, call.gradient.dtype, gradient_row);
   }
   std::memset(gradient_row + vocab * gradient_item, 0, (call.width - vocab) * gradient_item);

@@ -33,7 +33,8 @@ struct KdLossRows {
 };
 
 // The losses of every row, and the gradient where there is a buffer for it. A row pair is read from
-// memory once and its gradient written once; the exponentials of a row are taken once and wait in L2.
+// memory once and its gradient written once; the exponentials of a row are taken once and wait in
+// L2.
 template <class Real>
 void kd_loss_rows(const KdLossRows<Real>& call);
 

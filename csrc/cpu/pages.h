@@ -20,8 +20,8 @@ inline int thread_index() {
 #endif
 }
 
-// Half of a naive fused step is not arithmetic but page faults of the fresh gradient, one per 4 KiB.
-// Asked before the first touch, Linux maps 2 MiB at a time.
+// Half of a naive fused step is not arithmetic but page faults of the fresh gradient, one per 4
+// KiB. Asked before the first touch, Linux maps 2 MiB at a time.
 inline void prefer_huge_pages(char* data, int64_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t kHugePage = uintptr_t{1} << 21;

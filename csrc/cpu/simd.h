@@ -7,11 +7,10 @@
 #include <cstring>
 #include <limits>
 
-// One body, compiled for three generations of x86-64 and chosen when the library is loaded. Elsewhere
-// the baseline (NEON on aarch64) is what there is.
+// One body, compiled for three generations of x86-64 and chosen when the library is loaded.
+// Elsewhere the baseline (NEON on aarch64) is what there is.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define KDFAST_CLONES \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define KDFAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define KDFAST_CLONES
 #endif
@@ -108,8 +107,8 @@ KDFAST_INLINE float exp_nonpositive(float x) {
 
 KDFAST_INLINE double exp_nonpositive(double x) { return std::exp(x); }
 
-// log(x) for positive normal x, to 2 ulp where the caller knows x - 1 to 1 ulp: x itself cannot say how
-// far from 1 it was before it was rounded.
+// log(x) for positive normal x, to 2 ulp where the caller knows x - 1 to 1 ulp: x itself cannot say
+// how far from 1 it was before it was rounded.
 KDFAST_INLINE float log_near_one(float x, float x_minus_one) {
   constexpr float kLn2High = 0.693359375f;
   constexpr float kLn2Low = -2.12194440e-4f;
