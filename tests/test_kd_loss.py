@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import assert_gradient_close, assert_loss_close, relative_error
 
 import kdfast
 from kdfast import reference
 from kdfast.reference import DIVERGENCES
-from tests.tolerances import assert_gradient_close, assert_loss_close, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = [name for name in ("cpp", "torch") if name in kdfast.available_backends()]
@@ -653,10 +653,10 @@ def test_module_knows_every_keyword_of_the_function():
     [
         ({"student_logits": [1.0]}, TypeError, "student_logits must be a tensor, got list"),
         ({"teacher_logits": torch.zeros(4, 9).long()}, TypeError, "teacher_logits must be one of"),
-        ({"teacher_logits": torch.zeros(4, 9, requires_grad=True)}, ValueError, "teacher_logits.de"),
+        ({"teacher_logits": torch.zeros(4, 9, requires_grad=True)}, ValueError, "teacher_logits re"),
         ({"teacher_logits": torch.zeros(5, 9)}, ValueError, "teacher_logits must have .*got .5,."),
         ({"teacher_logits": torch.zeros(4, 8)}, ValueError, "pass vocab_size"),
-        ({"teacher_logits": torch.zeros(4, 9, device="meta")}, ValueError, "teacher_logits must be"),
+        ({"teacher_logits": torch.zeros(4, 9, device="meta")}, ValueError, "teacher_logits must"),
         ({"student_logits": torch.zeros(4, 0), "teacher_logits": torch.zeros(4, 0)}, ValueError,
          "vocab_size"),
         ({"student_logits": torch.tensor(1.0)}, ValueError, "vocabulary dimension"),
