@@ -34,5 +34,27 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
 
+# pytest-benchmark leaves an old file in place when it measures nothing.
+bench: $(VENV)/installed
+	mkdir -p .benchmarks && rm -f .benchmarks/run.json
+	$(BIN)/pytest bench --benchmark-json=.benchmarks/run.json --benchmark-columns=median,iqr,rounds
+	$(BIN)/python bench/report.py .benchmarks/run.json --into README.md
+
+# On a GPU machine whose own Python has PyTorch, that Python is used where there is no .venv.
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_SETUP = $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
+    || { echo "no CUDA device found: nothing to run"; exit 0; }; \
+    $(GPU_PYTHON) -c 'import kdfast' 2>/dev/null \
+    || $(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable . || exit 1;
+
+gpu-test:
+	@$(GPU_SETUP) $(GPU_PYTHON) -m pytest tests -m gpu
+
+gpu-bench:
+	@$(GPU_SETUP) mkdir -p .benchmarks && rm -f .benchmarks/gpu.json \
+	    && $(GPU_PYTHON) -m pytest bench --device cuda --benchmark-json=.benchmarks/gpu.json \
+	        --benchmark-columns=median,iqr,rounds \
+	    && $(GPU_PYTHON) bench/report.py .benchmarks/gpu.json
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info kdfast/_C.*.so

@@ -4,4 +4,7 @@ They know tensors and Triton, and nothing else of kdfast.
 """
 
 if __name__ != "kdfast.kernels":
-    raise ImportError("these are kdfast's kernels: install kdfast and import kdfast.kernels")
+    # Imported from the root of a checkout under the name of somebody else's package, for which
+    # transformers probes: an error here would break `import transformers`, so this is an empty
+    # package instead.
+    __path__ = []

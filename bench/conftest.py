@@ -1,0 +1,142 @@
+"""What every benchmark here shares: the options, how a member is measured, what a run records."""
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+
+import measure
+import peers
+import pytest
+import torch
+
+import kdfast
+
+# A median of ten rounds; a fast step gets as many as fit into SECONDS, up to the most.
+MIN_ROUNDS, MAX_ROUNDS, SECONDS = 10, 50, 2.0
+WARMUP_ROUNDS = 2
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("kdfast")
+    group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure")
+    group.addoption("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    group.addoption(
+        "--shape",
+        action="append",
+        metavar="ROWSxVOCAB:DTYPE",
+        help="measure this shape instead of the suite's, e.g. 512x50257:bfloat16; repeatable",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.absent = {}
+    if threads := config.getoption("--threads"):
+        torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        for item in items:
+            item.add_marker(pytest.mark.skip("no CUDA device found: nothing was measured"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    config = terminalreporter.config
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        terminalreporter.write_line("no CUDA device found: nothing was measured")
+    absent = {pair for members in config.absent.values() for pair in members.items()}
+    for member, reason in sorted(absent):
+        terminalreporter.write_line(f"absent: {member}: {reason}")
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> None:
+    output_json["absent"] = config.absent
+    output_json["facts"] = _facts(config.getoption("--device"))
+
+
+def _facts(device: str) -> dict[str, object]:
+    if device == "cuda":
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.partition("\n")[0]
+        name = torch.cuda.get_device_name()
+        settings = {"driver": driver, "cuda": torch.version.cuda}
+    else:
+        name = _processor()
+        settings = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return {
+        "device": name,
+        **settings,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "backends": list(kdfast.available_backends()),
+        "versions": peers.versions(),
+    }
+
+
+def _processor() -> str:
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as cpuinfo:
+            for line in cpuinfo:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@pytest.fixture
+def measured(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Check a member against the reference, then measure its memory and its time.
+
+    A member that disagrees is measured all the same and marked as wrong: the report says so.
+    """
+
+    def measured(
+        group: str, member: str, build: Callable[[], measure.Trial], copy_rate: float
+    ) -> None:
+        try:
+            trial = build()
+            trial.reset()
+            trial.step()
+        except (peers.Absent, torch.OutOfMemoryError) as reason:
+            request.config.absent.setdefault(group, {})[member] = str(reason).partition("\n")[0]
+            pytest.skip(str(reason))
+        errors = trial.errors()
+
+        def timed() -> None:
+            trial.step()
+            measure.synchronize()
+
+        trial.reset()
+        peak_bytes = measure.peak_bytes(trial.step)
+        trial.reset()
+        start = time.perf_counter()
+        timed()
+        rounds = int(SECONDS / (time.perf_counter() - start))
+        trial.reset()
+        benchmark.group, benchmark.name = group, member
+        benchmark.pedantic(
+            timed,
+            setup=trial.reset,
+            rounds=min(MAX_ROUNDS, max(MIN_ROUNDS, rounds)),
+            warmup_rounds=WARMUP_ROUNDS,
+        )
+        trial.reset()
+        benchmark.extra_info |= {
+            "member": member,
+            **trial.about,
+            "wrong": trial.wrong(errors),
+            "errors": dict(errors),
+            "bytes_moved": trial.bytes_moved,
+            "peak_bytes": peak_bytes,
+            "copy_bytes_per_second": copy_rate,
+        }
+        if benchmark.enabled:
+            rate = trial.bytes_moved / benchmark.stats.stats.median
+            benchmark.extra_info |= {"bytes_per_second": rate, "share_of_copy": rate / copy_rate}
+
+    return measured

@@ -1,0 +1,164 @@
+"""Time, memory and bandwidth of a step: what every benchmark here is made of.
+
+A step is a function of no arguments. Whoever measures warms it up first and clears what an earlier
+call left behind (a gradient on a leaf, say): memory that is already resident is part of the level
+that a peak is counted from.
+"""
+
+import ctypes
+import gc
+import importlib.util
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Step = Callable[[], object]
+
+# Short enough to see a temporary of a millisecond, long enough to leave the cores to the step.
+SAMPLING_PERIOD = 2e-4
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to do a piece of work, ready to be checked and measured.
+
+    Args:
+        step: one round.
+        reset: makes the next round like the first, untimed.
+        errors: after a round, how far its results are from the reference, by name.
+        tolerances: the largest error of each that is still agreement.
+        bytes_moved: what every implementation has to read and write, however it works.
+        about: the parameters of the work, to be kept with its measurement.
+    """
+
+    step: Step
+    reset: Callable[[], None]
+    errors: Callable[[], Mapping[str, float]]
+    tolerances: Mapping[str, float]
+    bytes_moved: int
+    about: Mapping[str, object]
+
+    def wrong(self, errors: Mapping[str, float]) -> list[str]:
+        """The results that disagree with the reference. A NaN does: it compares as False."""
+        return [name for name, most in self.tolerances.items() if not errors[name] <= most]
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if this process uses one: a launch returns before its kernel has run."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def median_seconds(step: Step, *, repeats: int = 10, warmup: int = 3) -> float:
+    """The median wall-clock seconds of `step` over `repeats` calls after `warmup` untimed ones."""
+    for _ in range(warmup):
+        step()
+    seconds = []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        step()
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def peak_bytes(step: Step) -> int:
+    """The most memory that `step` holds at once, in bytes, above what was held before the call.
+
+    Counts allocated bytes on CUDA, once this process uses it, and resident pages elsewhere: those
+    include what a first call touches besides its tensors, code and thread stacks, so warm it up.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():
+        return _cuda_peak_bytes(step)
+    _return_free_memory()
+    try:
+        return _high_water_bytes(step)
+    except OSError:
+        return _sampled_peak_bytes(step)
+
+
+def copy_bandwidth(device: torch.device | str, size: int) -> float:
+    """Bytes per second, read and written together, of copying a buffer of `size` bytes.
+
+    The ceiling of a step whose work is to move its bytes: shares are quoted of it.
+    """
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return 2 * size / median_seconds(lambda: target.copy_(source))
+
+
+def _cuda_peak_bytes(step: Step) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _return_free_memory() -> None:
+    # Blocks that the allocator kept for reuse are resident already: what is served from them would
+    # not show.
+    # musl and macOS have no malloc_trim, and return large blocks by themselves.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+def _high_water_bytes(step: Step) -> int:
+    """The kernel's own record, which misses nothing however short; OSError where there is none."""
+    with open("/proc/self/clear_refs", "w") as clear_refs:
+        # Sets the high-water mark back to what is resident now.
+        clear_refs.write("5")
+    before = _status_bytes("VmRSS")
+    step()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def _status_bytes(field: str) -> int:
+    with open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _sampled_peak_bytes(step: Step) -> int:
+    before = peak = _resident_bytes()
+    done = threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(SAMPLING_PERIOD):
+            peak = max(peak, _resident_bytes())
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        returned = step()
+        # What the step returns is still held here, and may never have been sampled.
+        peak = max(peak, _resident_bytes())
+        del returned
+    finally:
+        done.set()
+        sampler.join()
+    return max(0, peak - before)
+
+
+def _resident_bytes() -> int:
+    if sys.platform == "linux":
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if importlib.util.find_spec("psutil") is None:
+        raise RuntimeError("measuring memory on this system needs psutil: pip install psutil")
+    import psutil
+
+    return psutil.Process().memory_info().rss
