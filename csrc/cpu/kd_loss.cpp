@@ -13,16 +13,14 @@ namespace {
 // One chunk of both rows stays in L1 while it is converted, maximised and exponentiated.
 constexpr int64_t kChunk = 2048;
 
+// Exponentials are powers of two: the scale that a logit is multiplied by takes log2 e in.
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
 template <class T, class Real>
 KDFAST_CLONES void convert(const T* in, int64_t n, Real* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = to_real(in[i]);
-}
-
-template <class T, class Real>
-KDFAST_CLONES void round_to(const Real* in, int64_t n, T* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) from_real(in[i], out[i]);
 }
 
 // Elements [begin, begin + n) of a row in the precision of the computation: the row itself where it
@@ -57,21 +55,20 @@ KDFAST_CLONES Real max_of(const Real* x, int64_t n) {
 // maximum, and their sum in double.
 template <class Real>
 struct RunningSoftmax {
-  Real inverse_temperature;
+  Real scale;  // log2 e / temperature
   Real max = -std::numeric_limits<Real>::infinity();
   double sum = 0;
 
   // What a row of -inf is shifted by: -inf - (-inf) would be NaN.
   Real shift() const { return max == -std::numeric_limits<Real>::infinity() ? Real(0) : max; }
 
-  // (old shift - new shift) / temperature, after which everything summed so far is scaled by its
-  // exp.
+  // How far the exponents move, in bits: what was summed so far shrinks by 2 to the power of it.
   double raise_max(Real chunk_max) {
     const Real before = shift();
     max = std::max(max, chunk_max);
-    const double delta = (double(before) - shift()) * inverse_temperature;
+    const double delta = (double(before) - shift()) * scale;
     // Nothing but -inf came before: there is nothing to rescale, and exp(delta) may overflow.
-    decay = sum == 0 ? 0 : std::exp(delta);
+    decay = sum == 0 ? 0 : std::exp2(delta);
     sum *= decay;
     return delta;
   }
@@ -97,8 +94,8 @@ KDFAST_CLONES ChunkSums<Real> exponentiate(const Real* s, const Real* t, int64_t
   for (int64_t i = 0; i < n; ++i) {
     const Real x = (s[i] - student_shift) * student_scale;
     const Real y = (t[i] - teacher_shift) * teacher_scale;
-    const Real es = exp_nonpositive(x);
-    const Real et = exp_nonpositive(y);
+    const Real es = exp2_nonpositive(x);
+    const Real et = exp2_nonpositive(y);
     student_exp[i] = es;
     teacher_exp[i] = et;
     student_sum += es;
@@ -115,7 +112,7 @@ KDFAST_CLONES Real exponentiate_hard(const Real* s, int64_t n, Real shift, Real*
   Real sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
-    out[i] = exp_nonpositive(s[i] - shift);
+    out[i] = exp2_nonpositive((s[i] - shift) * Real(kLog2E));
     sum += out[i];
   }
   return sum;
@@ -133,7 +130,7 @@ KDFAST_CLONES void reverse_kl_terms(const Real* s, const Real* t, int64_t n, Rea
     const Real y = (t[i] - teacher_shift) * teacher_scale;
     const Real q = q_of_exp[i] * q_weight;
     q_of_exp[i] = q;
-    g_of_exp[i] = q > 0 ? q * (x - y + log_ratio) : q;
+    g_of_exp[i] = q > 0 ? q * ((x - y) * Real(kLn2) + log_ratio) : q;
   }
 }
 
@@ -203,42 +200,55 @@ KDFAST_CLONES Terms<Real> paired_terms(int64_t n, Real p_weight, Real q_weight, 
   return {f_sum, g_sum};
 }
 
-// The gradient of a chunk is linear in what the scratch holds: g · by_g + q · by_q + h · by_hard.
+// The gradient of a chunk is linear in what the scratch holds.
 template <class Real>
-struct Coefficients {
+struct Combination {
+  const Real *g, *q, *hard;  // hard is null where it has no exponentials of its own
   Real by_g, by_q, by_hard;
 };
 
-template <class Real>
-KDFAST_CLONES void combine(const Real* g, const Real* q, const Real* hard, int64_t n,
-                           Coefficients<Real> c, Real* out) {
-  if (hard) {
+template <class T, class Real>
+KDFAST_CLONES void combine(const Combination<Real>& c, int64_t n, T* out) {
+  if (c.hard) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = g[i] * c.by_g + q[i] * c.by_q + hard[i] * c.by_hard;
+    for (int64_t i = 0; i < n; ++i)
+      from_real(c.g[i] * c.by_g + c.q[i] * c.by_q + c.hard[i] * c.by_hard, out[i]);
   } else {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = g[i] * c.by_g + q[i] * c.by_q;
+    for (int64_t i = 0; i < n; ++i) from_real(c.g[i] * c.by_g + c.q[i] * c.by_q, out[i]);
   }
 }
 
-void store(const float* values, int64_t begin, int64_t n, DType dtype, char* row) {
-  if (dtype == DType::kBFloat16)
-    round_to(values, n, reinterpret_cast<bfloat16*>(row) + begin);
-  else
-    round_to(values, n, reinterpret_cast<float16*>(row) + begin);
+// At the label, if it is in this chunk, `at_label` is taken away before the one rounding.
+template <class T, class Real>
+void store_as(const Combination<Real>& c, int64_t n, int64_t label, Real at_label, T* out) {
+  combine(c, n, out);
+  if (label < 0) return;
+  const Real hard = c.hard ? c.hard[label] * c.by_hard : Real(0);
+  from_real(c.g[label] * c.by_g + c.q[label] * c.by_q + hard - at_label, out[label]);
 }
 
-void store(const double*, int64_t, int64_t, DType, char*) {}
+void store(const Combination<float>& c, int64_t n, int64_t label, float at_label, char* out,
+           DType dtype) {
+  if (dtype == DType::kFloat32)
+    store_as(c, n, label, at_label, reinterpret_cast<float*>(out));
+  else if (dtype == DType::kBFloat16)
+    store_as(c, n, label, at_label, reinterpret_cast<bfloat16*>(out));
+  else
+    store_as(c, n, label, at_label, reinterpret_cast<float16*>(out));
+}
 
-template <class Real>
-constexpr DType kOwnDType = sizeof(Real) == 8 ? DType::kFloat64 : DType::kFloat32;
+void store(const Combination<double>& c, int64_t n, int64_t label, double at_label, char* out,
+           DType) {
+  store_as(c, n, label, at_label, reinterpret_cast<double*>(out));
+}
 
 // What one thread needs for a row: its exponentials, and the shift that each chunk of them has.
 template <class Real>
 struct Scratch {
   std::vector<Real> student, teacher, hard;
   std::vector<Real> student_shift, teacher_shift;
-  Real s_buffer[kChunk], t_buffer[kChunk], gradient_buffer[kChunk];
+  Real s_buffer[kChunk], t_buffer[kChunk];
 
   Scratch(int64_t vocab, bool separate_hard)
       : student(vocab),
@@ -269,8 +279,8 @@ void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratc
   const Real temperature = call.temperature.at(row, 1);
   const bool hard_is_soft = temperature == 1;
 
-  RunningSoftmax<Real> student{1 / temperature};
-  RunningSoftmax<Real> teacher{1 / call.teacher_temperature.at(row, 1)};
+  RunningSoftmax<Real> student{Real(kLog2E / temperature)};
+  RunningSoftmax<Real> teacher{Real(kLog2E / call.teacher_temperature.at(row, 1))};
   double dot = 0, hard_sum = 0;
   for (int64_t begin = 0; begin < vocab; begin += kChunk) {
     const int64_t n = std::min(kChunk, vocab - begin);
@@ -281,8 +291,7 @@ void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratc
     const Real hard_before = student.shift();
     const double student_delta = student.raise_max(max_of(s, n));
     const double teacher_delta = teacher.raise_max(max_of(t, n));
-    // The difference of the scaled logits moves with both shifts. Nothing left to weigh: no 0 *
-    // inf.
+    // The difference of the exponents moves with both. Nothing left to weigh: no 0 * inf.
     if (D == Divergence::kForwardKl)
       dot = teacher.decay == 0
                 ? 0
@@ -293,9 +302,8 @@ void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratc
                 : student.decay * (dot + student_before * (student_delta - teacher_delta));
 
     const auto sums =
-        exponentiate<D>(s, t, n, student.shift(), teacher.shift(), student.inverse_temperature,
-                        teacher.inverse_temperature, scratch.student.data() + begin,
-                        scratch.teacher.data() + begin);
+        exponentiate<D>(s, t, n, student.shift(), teacher.shift(), student.scale, teacher.scale,
+                        scratch.student.data() + begin, scratch.teacher.data() + begin);
     student.sum += sums.student;
     teacher.sum += sums.teacher;
     dot += sums.dot;
@@ -310,7 +318,7 @@ void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratc
 
   // What the exponentials of a chunk must be multiplied by to be probabilities.
   const auto weight_of = [](const RunningSoftmax<Real>& side, double sum, Real chunk_shift) {
-    return std::exp((double(chunk_shift) - side.shift()) * side.inverse_temperature) / sum;
+    return std::exp2((double(chunk_shift) - side.shift()) * side.scale) / sum;
   };
   const auto q_weight = [&](int64_t chunk) {
     return weight_of(student, student.sum, scratch.student_shift[chunk]);
@@ -322,10 +330,10 @@ void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratc
   const double log_ratio = std::log(teacher.sum) - std::log(student.sum);
   double soft = 0, g_sum = 0;
   if (D == Divergence::kForwardKl) {
-    soft = dot / teacher.sum - log_ratio;
+    soft = dot / teacher.sum * kLn2 - log_ratio;
     g_sum = -1;
   } else if (D == Divergence::kReverseKl) {
-    soft = dot / student.sum + log_ratio;
+    soft = dot / student.sum * kLn2 + log_ratio;
     g_sum = soft;
   } else {
     const bool reverse = D == Divergence::kSkewReverseKl;
@@ -358,11 +366,11 @@ void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratc
   call.losses[2 * rows + row] = Real(weight * hard);
   if (!need_gradient) return;
 
+  if (call.alpha == 0) g_sum = 0;
   const double scale = weight * call.grad_scale.at(row, 1);
   const double soft_scale = scale * call.alpha * t2 / temperature;
   const double hard_scale = call.need_hard ? scale * (1 - call.alpha) : 0;
   const bool separate_hard = hard_scale != 0 && !hard_is_soft;
-  const bool direct = call.gradient.dtype == kOwnDType<Real>;
   for (int64_t begin = 0; begin < vocab; begin += kChunk) {
     const int64_t n = std::min(kChunk, vocab - begin);
     const int64_t chunk = begin / kChunk;
@@ -375,9 +383,9 @@ void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratc
     if (D == Divergence::kReverseKl) {
       reverse_kl_terms(load(student_row, call.student.dtype, begin, n, scratch.s_buffer),
                        load(teacher_row, call.teacher.dtype, begin, n, scratch.t_buffer), n,
-                       student.shift(), teacher.shift(), student.inverse_temperature,
-                       teacher.inverse_temperature, Real(log_ratio), Real(q_weight(chunk)),
-                       scratch.student.data() + begin, scratch.teacher.data() + begin);
+                       student.shift(), teacher.shift(), student.scale, teacher.scale,
+                       Real(log_ratio), Real(q_weight(chunk)), scratch.student.data() + begin,
+                       scratch.teacher.data() + begin);
     }
     if (separate_hard) {
       by_hard =
@@ -386,13 +394,15 @@ void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratc
       by_q += hard_scale * (D == Divergence::kForwardKl ? q_weight(chunk) : 1);
     }
 
-    Real* out = direct ? reinterpret_cast<Real*>(gradient_row) + begin : scratch.gradient_buffer;
-    combine(scratch.teacher.data() + begin, scratch.student.data() + begin,
-            separate_hard ? scratch.hard.data() + begin : nullptr, n,
-            {Real(by_g), Real(by_q), Real(by_hard)}, out);
-    if (hard_scale != 0 && label >= begin && label < begin + n)
-      out[label - begin] -= Real(hard_scale);
-    if (!direct) store(out, begin, n, call.gradient.dtype, gradient_row);
+    const Combination<Real> combination{scratch.teacher.data() + begin,
+                                        scratch.student.data() + begin,
+                                        separate_hard ? scratch.hard.data() + begin : nullptr,
+                                        Real(by_g),
+                                        Real(by_q),
+                                        Real(by_hard)};
+    const bool has_label = hard_scale != 0 && label >= begin && label < begin + n;
+    store(combination, n, has_label ? label - begin : -1, Real(hard_scale),
+          gradient_row + begin * gradient_item, call.gradient.dtype);
   }
   std::memset(gradient_row + vocab * gradient_item, 0, (call.width - vocab) * gradient_item);
 }

@@ -81,31 +81,27 @@ KDFAST_INLINE void from_real(float value, float16& out) {
   out.bits = static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u));
 }
 
-// exp(x) for x <= 0: at most 2 ulp, and an exact 0 where the result would be subnormal. NaN passes.
-KDFAST_INLINE float exp_nonpositive(float x) {
-  constexpr float kLog2E = 1.44269504088896341f;
-  // ln 2 in two parts: n * kLn2High is exact.
-  constexpr float kLn2High = 0.693359375f;
-  constexpr float kLn2Low = -2.12194440e-4f;
+// 2^x for x <= 0: to 1 ulp, and an exact 0 where the result would be subnormal. NaN passes.
+KDFAST_INLINE float exp2_nonpositive(float x) {
   // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits.
   constexpr float kRound = 12582912.f;
-  constexpr float kUnderflow = -87.3f;
+  constexpr float kUnderflow = -126.f;
 
-  const float rounded = x * kLog2E + kRound;
-  const float n = rounded - kRound;
-  const float r = (x - n * kLn2High) - n * kLn2Low;
-  float poly = 1.9875691500e-4f;
-  poly = poly * r + 1.3981999507e-3f;
-  poly = poly * r + 8.3334519073e-3f;
-  poly = poly * r + 4.1665795894e-2f;
-  poly = poly * r + 1.6666665459e-1f;
-  poly = poly * r + 5.0000001201e-1f;
-  poly = poly * (r * r) + r + 1.f;
+  const float rounded = x + kRound;
+  const float r = x - (rounded - kRound);
+  // The minimax polynomial of 2^r for |r| <= 1/2.
+  float poly = 1.5353361959569156e-4f;
+  poly = poly * r + 1.3398875016719103e-3f;
+  poly = poly * r + 9.61843691766262e-3f;
+  poly = poly * r + 5.5503323674201965e-2f;
+  poly = poly * r + 2.4022647738456726e-1f;
+  poly = poly * r + 6.931471824645996e-1f;
+  poly = poly * r + 1.f;
   const float scaled = float_from_bits(bits_of(poly) + (bits_of(rounded) << 23));
   return x < kUnderflow ? 0.f : scaled;
 }
 
-KDFAST_INLINE double exp_nonpositive(double x) { return std::exp(x); }
+KDFAST_INLINE double exp2_nonpositive(double x) { return std::exp2(x); }
 
 // log(x) for positive normal x, to 2 ulp where the caller knows x - 1 to 1 ulp: x itself cannot say
 // how far from 1 it was before it was rounded.
@@ -119,15 +115,14 @@ KDFAST_INLINE float log_near_one(float x, float x_minus_one) {
   const int32_t exponent = static_cast<int32_t>(shifted) >> 23;
   const float mantissa = float_from_bits((shifted & 0x007fffffu) + kSqrtHalf) - 1.f;
   const float m = exponent == 0 ? x_minus_one : mantissa;
-  float poly = 7.0376836292e-2f;
-  poly = poly * m - 1.1514610310e-1f;
-  poly = poly * m + 1.1676998740e-1f;
-  poly = poly * m - 1.2420140846e-1f;
-  poly = poly * m + 1.4249322787e-1f;
-  poly = poly * m - 1.6668057665e-1f;
-  poly = poly * m + 2.0000714765e-1f;
-  poly = poly * m - 2.4999993993e-1f;
-  poly = poly * m + 3.3333331174e-1f;
+  // The minimax polynomial of (log(1 + m) - m + m^2 / 2) / m^3.
+  float poly = 8.700425177812576e-2f;
+  poly = poly * m - 1.4267484843730927e-1f;
+  poly = poly * m + 1.4914770424365997e-1f;
+  poly = poly * m - 1.657758504152298e-1f;
+  poly = poly * m + 1.9963063299655914e-1f;
+  poly = poly * m - 2.500133812427521e-1f;
+  poly = poly * m + 3.333390951156616e-1f;
   const float square = m * m;
   const float n = static_cast<float>(exponent);
   const float tail = poly * m * square + n * kLn2Low - 0.5f * square;
