@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from measure import peak_bytes
 from tolerances import assert_gradient_close, assert_loss_close, relative_error
 
 import kdfast
@@ -391,6 +392,31 @@ def test_overwrite_is_seen_by_whoever_saved_the_logits():
     loss = kdfast.kd_loss(produced, teacher, overwrite_student_logits=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="plain PyTorch builds the temporaries")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("view", ["whole", "shifted"])
+def test_a_training_step_adds_the_gradient_and_nothing_else(dtype, view):
+    teacher = torch.randn(4, 64, 50257).to(dtype)
+    student = teacher.roll(1, 0).clone().requires_grad_()
+    labels = torch.randint(50257, (4, 64))
+    shift = slice(None, -1) if view == "shifted" else slice(None)
+
+    def step(overwrite=False):
+        logits = student.detach()[:, shift].requires_grad_()
+        options = {"temperature": 2.0, "alpha": 0.5, "overwrite_student_logits": overwrite}
+        loss = kdfast.kd_loss(logits, teacher[:, shift], labels[:, shift], **options)
+        # Not into a leaf, where autograd copies a gradient whose strides are not those of the leaf.
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert gradient.shape == logits.shape
+
+    step()
+    size = student[:, shift].numel() * student.element_size()
+    # Two threads' rows of exponentials, and what the allocator rounds up to.
+    slack = 6 * 2**20
+    assert peak_bytes(step) < size + slack
+    assert peak_bytes(lambda: step(overwrite=True)) < slack
 
 
 def test_same_bits_every_run():
