@@ -1,0 +1,440 @@
+"""Distillation on real text, in minutes and without a download: `make demo`.
+
+A teacher is trained on the documentation that Python itself carries. Two students of the same size,
+initialisation and data order then take the same number of steps, one alone and one towards the
+teacher. What comes out is a table and a plot of what they know, how fast they are and what the
+loss costs; the exit status is 1 if distillation did not help.
+"""
+
+import ast
+import copy
+import math
+import random
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from matplotlib.ticker import FormatStrFormatter
+from measure import median_seconds, peak_bytes
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+import kdfast
+from kdfast.trainer import DistillationTrainer, hinton
+
+OUTPUT = Path("runs/demo")
+SEED = 0
+
+VOCAB = 8192
+BLOCK = 128
+BATCH = 8
+HELD_OUT_SHARE = 0.06
+END_OF_TEXT = "<|endoftext|>"
+
+TEACHER = {"hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+STUDENT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEACHER_STEPS, TEACHER_LEARNING_RATE = 500, 3e-3
+STUDENT_STEPS, STUDENT_LEARNING_RATE = 320, 6e-3
+EVALUATIONS = 8
+
+TEMPERATURE, ALPHA = 2.0, 0.9
+
+COLOURS = {
+    "teacher": "#8d99a6",
+    "alone": "#e08a3c",
+    "distilled": "#2f6fb0",
+    "eager": "#8d99a6",
+    "fused": "#2f6fb0",
+}
+
+
+@dataclass
+class Run:
+    """A trained model, and what was measured on it."""
+
+    name: str
+    model: LlamaForCausalLM
+    # (step, perplexity on held-out text)
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    tokens_per_second: float = 0.0
+
+    @property
+    def perplexity(self) -> float:
+        return self.curve[-1][1]
+
+
+def main() -> int:
+    started = time.perf_counter()
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+
+    training_texts, held_out_texts = split_documents(collect_documents())
+    tokenizer = train_tokenizer(training_texts)
+    blocks, held_out = pack(training_texts, tokenizer), pack(held_out_texts, tokenizer)
+    print(
+        f"{len(blocks) * BLOCK:,} training tokens, {len(held_out) * BLOCK:,} held out; "
+        f"backends: {', '.join(kdfast.available_backends())}"
+    )
+
+    teacher = Run("teacher", build(TEACHER, tokenizer))
+    fit(
+        teacher,
+        blocks,
+        held_out,
+        tokenizer,
+        TEACHER_STEPS,
+        TEACHER_LEARNING_RATE,
+        evaluations=1,
+    )
+    student = build(STUDENT, tokenizer)
+    alone = Run("alone", copy.deepcopy(student))
+    fit(alone, blocks, held_out, tokenizer, STUDENT_STEPS, STUDENT_LEARNING_RATE)
+    distilled = Run("distilled", student)
+    fit(
+        distilled,
+        blocks,
+        held_out,
+        tokenizer,
+        STUDENT_STEPS,
+        STUDENT_LEARNING_RATE,
+        teacher=teacher.model,
+    )
+
+    runs = [teacher, alone, distilled]
+    for run in runs:
+        run.tokens_per_second = tokens_per_second(run.model, held_out)
+    costs = loss_costs(distilled.model, teacher.model, held_out[:BATCH])
+
+    print("\n" + table(runs, costs))
+    draw(runs, costs, OUTPUT / "demo.png")
+    print(f"\n{OUTPUT / 'demo.png'}, the student in {OUTPUT / 'distilled'}")
+    print(f"{time.perf_counter() - started:.0f} s in all")
+    if distilled.perplexity >= alone.perplexity:
+        print(
+            "demo: the distilled student is not better on held-out text: "
+            f"perplexity {distilled.perplexity:.1f} against {alone.perplexity:.1f} alone",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def collect_documents() -> list[list[str]]:
+    """Python's language reference, a topic a document, and its library's docstrings, by module."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    documents = [topics[name].split("\n\n") for name in sorted(topics)]
+    for path in sorted(library.rglob("*.py")):
+        # What pip installed is no part of Python, and tests hold little prose.
+        if {"site-packages", "dist-packages", "test", "tests"} & set(
+            path.relative_to(library).parts
+        ):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            # Among them lib2to3's samples of what Python cannot parse.
+            continue
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        docstrings = (
+            ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)
+        )
+        documents.append([text for text in docstrings if text])
+    return documents
+
+
+def split_documents(documents: list[list[str]]) -> tuple[list[str], list[str]]:
+    """Training and held-out texts: whole documents, and no paragraph twice anywhere."""
+    seen: set[str] = set()
+    texts = []
+    for paragraphs in documents:
+        new = [text for text in dict.fromkeys(paragraphs) if text not in seen]
+        seen.update(new)
+        if new:
+            texts.append("\n\n".join(new))
+    random.Random(SEED).shuffle(texts)
+    count = round(HELD_OUT_SHARE * len(texts))
+    return texts[count:], texts[:count]
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT)
+
+
+def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[dict[str, Tensor]]:
+    rows = tokenizer(texts, verbose=False)["input_ids"]
+    tokens = torch.tensor([id for row in rows for id in (*row, tokenizer.eos_token_id)])
+    blocks = tokens[: len(tokens) // BLOCK * BLOCK].view(-1, BLOCK)
+    return [{"input_ids": block, "labels": block} for block in blocks]
+
+
+def build(size: dict[str, int], tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    set_seed(SEED)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **size,
+            intermediate_size=size["hidden_size"] * 8 // 3 // 32 * 32,
+            vocab_size=VOCAB,
+            max_position_embeddings=BLOCK,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def fit(
+    run: Run,
+    blocks: list[dict[str, Tensor]],
+    held_out: list[dict[str, Tensor]],
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int,
+    learning_rate: float,
+    *,
+    teacher: LlamaForCausalLM | None = None,
+    evaluations: int = EVALUATIONS,
+) -> None:
+    """Train with the same trainer, seed and settings either way; only the loss differs."""
+    print(f"\n{run.name}: {count_parameters(run.model):,} parameters, {steps} steps", flush=True)
+    arguments = TrainingArguments(
+        output_dir=str(OUTPUT / run.name),
+        max_steps=steps,
+        per_device_train_batch_size=BATCH,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 10,
+        weight_decay=0.1,
+        seed=SEED,
+        logging_steps=steps // EVALUATIONS,
+        save_strategy="no",
+        log_level="error",
+        use_cpu=True,
+    )
+
+    class Perplexity(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step % (steps // evaluations) == 0:
+                run.curve.append((state.global_step, perplexity(run.model, held_out)))
+
+    common = {
+        "model": run.model,
+        "args": arguments,
+        "data_collator": default_data_collator,
+        "train_dataset": blocks,
+        "processing_class": tokenizer,
+        "callbacks": [Perplexity()],
+    }
+    if teacher is None:
+        trainer = Trainer(**common)
+    else:
+        objective = hinton(temperature=TEMPERATURE, alpha=ALPHA).objective
+        trainer = DistillationTrainer(**common, teacher=teacher, objective=objective)
+    trainer.train()
+    trainer.save_model()
+
+
+def batches(blocks: list[dict[str, Tensor]]) -> Iterator[Tensor]:
+    for start in range(0, len(blocks), BATCH):
+        yield torch.stack([row["input_ids"] for row in blocks[start : start + BATCH]])
+
+
+@torch.inference_mode()
+def perplexity(model: LlamaForCausalLM, blocks: list[dict[str, Tensor]]) -> float:
+    was_training = model.training
+    model.eval()
+    total = count = 0
+    for tokens in batches(blocks):
+        logits = model(input_ids=tokens).logits[:, :-1]
+        labels = tokens[:, 1:]
+        total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
+        count += labels.numel()
+    model.train(was_training)
+    return math.exp(total / count)
+
+
+def count_parameters(model: LlamaForCausalLM) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def tokens_per_second(model: LlamaForCausalLM, blocks: list[dict[str, Tensor]]) -> float:
+    """Of the forward pass over one batch."""
+    model.eval()
+    tokens = next(batches(blocks))
+    with torch.inference_mode():
+        return tokens.numel() / median_seconds(lambda: model(input_ids=tokens))
+
+
+def loss_costs(
+    student: LlamaForCausalLM, teacher: LlamaForCausalLM, blocks: list[dict[str, Tensor]]
+) -> dict[str, tuple[float, int]]:
+    """Seconds and peak bytes of one loss, forward and backward, on a batch's own logits."""
+    tokens = next(batches(blocks))
+    with torch.no_grad():
+        student_logits, teacher_logits = (
+            model.eval()(input_ids=tokens).logits for model in (student, teacher)
+        )
+    student_logits.requires_grad_(True)
+    labels = F.pad(tokens[:, 1:], (0, 1), value=-100)
+
+    def fused() -> Tensor:
+        return kdfast.kd_loss(
+            student_logits, teacher_logits, labels, temperature=TEMPERATURE, alpha=ALPHA
+        )
+
+    def eager() -> Tensor:
+        counted = labels != -100
+        log_q = F.log_softmax(student_logits / TEMPERATURE, -1)
+        log_p = F.log_softmax(teacher_logits / TEMPERATURE, -1)
+        divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+        soft = (divergence * counted).sum() / counted.sum()
+        hard = F.cross_entropy(student_logits.flatten(0, 1), labels.flatten())
+        return ALPHA * TEMPERATURE**2 * soft + (1 - ALPHA) * hard
+
+    torch.testing.assert_close(fused(), eager())
+
+    def measure(loss: Callable[[], Tensor]) -> tuple[float, int]:
+        def step() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(loss(), student_logits)
+
+        return median_seconds(step, repeats=20), peak_bytes(step)
+
+    return {"eager": measure(eager), "fused": measure(fused)}
+
+
+def table(runs: list[Run], costs: dict[str, tuple[float, int]]) -> str:
+    lines = [f"{'model':<20}{'parameters':>12}{'perplexity':>12}{'tokens/s':>12}"]
+    for run in runs:
+        name = run.name if run.name == "teacher" else f"student, {run.name}"
+        lines.append(
+            f"{name:<20}{count_parameters(run.model):>12,}"
+            f"{run.perplexity:>12.1f}{run.tokens_per_second:>12,.0f}"
+        )
+    lines += ["", f"{f'loss, {BATCH}×{BLOCK}×{VOCAB}':<20}{'':>12}{'ms':>12}{'peak MB':>12}"]
+    for name, (seconds, memory) in costs.items():
+        label = "PyTorch" if name == "eager" else "kdfast"
+        lines.append(f"{label:<20}{'':>12}{seconds * 1e3:>12.1f}{memory / 1e6:>12.0f}")
+    return "\n".join(lines)
+
+
+def draw(runs: list[Run], costs: dict[str, tuple[float, int]], path: Path) -> None:
+    teacher, alone, distilled = runs
+    plt.rcParams.update(
+        {
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.edgecolor": "#9aa5b1",
+            "axes.titlelocation": "left",
+            "axes.titleweight": "bold",
+            "axes.titlesize": 11,
+        }
+    )
+    figure, axes = plt.subplot_mosaic(
+        [["curve", "speed"], ["curve", "time"], ["curve", "memory"]],
+        figsize=(11, 5.6),
+        width_ratios=[1.35, 1],
+        height_ratios=[3, 2, 2],
+        layout="constrained",
+    )
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    figure.suptitle(
+        f"A student of {count_parameters(distilled.model) / 1e6:.2f} M parameters, "
+        f"distilled from {count_parameters(teacher.model) / 1e6:.1f} M",
+        x=0.015,
+        ha="left",
+        fontsize=14,
+        fontweight="bold",
+    )
+
+    curve = axes["curve"]
+    curve.axhline(teacher.perplexity, color=COLOURS["teacher"], linestyle="--", linewidth=1.5)
+    curve.annotate(
+        f"teacher {teacher.perplexity:.0f}",
+        (0, teacher.perplexity),
+        xytext=(4, -6),
+        textcoords="offset points",
+        va="top",
+        color=COLOURS["teacher"],
+    )
+    for run in (alone, distilled):
+        steps, perplexities = zip(*run.curve, strict=True)
+        curve.plot(steps, perplexities, "o-", color=COLOURS[run.name], linewidth=2, markersize=5)
+        curve.annotate(
+            f"{run.name} {run.perplexity:.0f}",
+            (steps[-1], perplexities[-1]),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            color=COLOURS[run.name],
+            fontweight="bold",
+        )
+    curve.set_yscale("log")
+    curve.set_ylim(bottom=0.88 * min(teacher.perplexity, distilled.perplexity))
+    curve.yaxis.set_major_formatter(FormatStrFormatter("%d"))
+    curve.yaxis.set_minor_formatter(FormatStrFormatter("%d"))
+    curve.set_xlim(0, STUDENT_STEPS * 1.25)
+    curve.set_xticks([step for step, _ in distilled.curve])
+    curve.set_title("Held-out perplexity")
+    curve.set_xlabel(f"training step of {BATCH}×{BLOCK} tokens")
+    curve.grid(axis="y", which="both", color="#e4e8ec", linewidth=0.8)
+    curve.set_axisbelow(True)
+
+    names = [run.name for run in runs]
+    bars(
+        axes["speed"],
+        "Inference, thousand tokens per second",
+        names,
+        [run.tokens_per_second / 1e3 for run in runs],
+        [COLOURS[name] for name in names],
+    )
+    shape = f"Loss and gradient of {BATCH}×{BLOCK}×{VOCAB} logits"
+    for key, title, index, scale in (
+        ("time", f"{shape}: ms", 0, 1e3),
+        ("memory", f"{shape}: peak MB", 1, 1e-6),
+    ):
+        values = [costs[name][index] * scale for name in ("eager", "fused")]
+        bars(axes[key], title, ["PyTorch", "kdfast"], values, [COLOURS["eager"], COLOURS["fused"]])
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def bars(
+    axes: plt.Axes, title: str, names: list[str], values: list[float], colours: list[str]
+) -> None:
+    drawn = axes.barh(names, values, color=colours, height=0.62)
+    axes.bar_label(drawn, [f"{value:.3g}" for value in values], padding=4)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(values) * 1.15)
+    axes.set_title(title)
+    axes.xaxis.set_visible(False)
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Text files into blocks of tokens."""
+
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+from datasets import Dataset, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
+
+_READERS = {
+    ".txt": Dataset.from_text,
+    ".json": Dataset.from_json,
+    ".jsonl": Dataset.from_json,
+    ".csv": Dataset.from_csv,
+    ".parquet": Dataset.from_parquet,
+}
+
+
+def load_documents(paths: Sequence[str | Path], text_column: str = "text") -> Dataset:
+    """One row per document, in a column `text`.
+
+    Args:
+        paths: .txt, where a blank line ends a document; .json, .jsonl, .csv or .parquet, where a
+            row is a document.
+        text_column: the column that holds the text. Empty documents are dropped.
+
+    Raises:
+        ValueError: a suffix that is none of these, a column that is missing or holds no text, no
+            document at all.
+
+    Example:
+        >>> load_documents(["notes.txt", "articles.jsonl"])[0]["text"]
+    """
+    parts = []
+    for path in map(Path, paths):
+        reader = _READERS.get(path.suffix.lower())
+        if reader is None:
+            raise ValueError(f"{path} must end in one of {', '.join(_READERS)}")
+        if reader is Dataset.from_text:
+            documents = reader(str(path), sample_by="paragraph")
+        else:
+            documents = _text_column(reader(str(path)), text_column, path)
+        parts.append(
+            documents.filter(lambda text: bool(text and text.strip()), input_columns="text")
+        )
+    documents = concatenate_datasets(parts)
+    if len(documents) == 0:
+        raise ValueError(f"{', '.join(map(str, paths))}: no text in there")
+    return documents
+
+
+def _text_column(rows: Dataset, name: str, path: Path) -> Dataset:
+    if name not in rows.column_names:
+        raise ValueError(f"{path} has no column {name!r}, it has {', '.join(rows.column_names)}")
+    dtype = getattr(rows.features[name], "dtype", None)
+    if dtype not in ("string", "large_string"):
+        raise ValueError(f"{path}: column {name!r} holds {dtype or 'no text'}, not text")
+    rows = rows.select_columns(name)
+    return rows if name == "text" else rows.rename_column(name, "text")
+
+
+def pack(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, *, masked: bool = False
+) -> Dataset:
+    """All documents behind each other, cut into blocks of `block_size` tokens; the rest is dropped.
+
+    Args:
+        documents: rows with a column `text`.
+        masked: for masked language models, whose collator masks the blocks. Otherwise a document
+            ends with the end-of-sequence token, and `labels` are the tokens themselves.
+
+    Returns:
+        Rows of `input_ids` and `labels`, or of `input_ids` and `special_tokens_mask`, each
+        `block_size` long.
+
+    Example:
+        >>> blocks = pack(load_documents(["notes.txt"]), tokenizer, 512)
+    """
+    eos = tokenizer.eos_token_id
+
+    def tokenize(batch: dict[str, list]) -> dict[str, list]:
+        # Documents longer than the model are what the packing is for: no warning about them.
+        columns = tokenizer(batch["text"], return_special_tokens_mask=masked, verbose=False)
+        if masked:
+            return {key: columns[key] for key in ("input_ids", "special_tokens_mask")}
+        ends = [[] if eos is None or ids[-1:] == [eos] else [eos] for ids in columns["input_ids"]]
+        return {
+            "input_ids": [ids + end for ids, end in zip(columns["input_ids"], ends, strict=True)]
+        }
+
+    def cut(batch: dict[str, list]) -> dict[str, list]:
+        columns = {key: list(chain.from_iterable(rows)) for key, rows in batch.items()}
+        count = len(columns["input_ids"]) // block_size
+        blocks = {
+            key: [row[i * block_size : (i + 1) * block_size] for i in range(count)]
+            for key, row in columns.items()
+        }
+        return blocks if masked else {**blocks, "labels": blocks["input_ids"]}
+
+    tokens = documents.map(tokenize, batched=True, remove_columns=documents.column_names)
+    # A batch of documents drops its own rest, so batches are large.
+    return tokens.map(cut, batched=True, batch_size=10_000, remove_columns=tokens.column_names)

@@ -1,0 +1,38 @@
+"""How each kernel is launched: chosen from the compiled code, not yet measured on any device.
+
+A program walks one row, and L2 should hold the row pairs of all programs that run at once: large
+rows get few programs of many warps. A block is one or two 16-byte accesses per thread and row.
+"""
+
+# The bytes of an element -> ((largest vocabulary, launch options), ...), from small to large.
+Tuning = dict[int, tuple[tuple[float, dict[str, int]], ...]]
+
+# At 64 registers a multiprocessor holds 1024 threads. Left to itself, ptxas spills to hold more.
+KD_LOSS: Tuning = {
+    2: (
+        (2048, {"BLOCK_V": 1024, "num_warps": 4, "maxnreg": 64}),
+        (65536, {"BLOCK_V": 4096, "num_warps": 16, "maxnreg": 64}),
+        (float("inf"), {"BLOCK_V": 8192, "num_warps": 32, "maxnreg": 64}),
+    ),
+    4: (
+        (2048, {"BLOCK_V": 512, "num_warps": 4, "maxnreg": 64}),
+        (32768, {"BLOCK_V": 2048, "num_warps": 16, "maxnreg": 64}),
+        (float("inf"), {"BLOCK_V": 4096, "num_warps": 32, "maxnreg": 64}),
+    ),
+}
+
+SCALE_GRADIENT: Tuning = {
+    2: (
+        (2048, {"BLOCK_V": 1024, "num_warps": 4, "maxnreg": 64}),
+        (float("inf"), {"BLOCK_V": 4096, "num_warps": 8, "maxnreg": 64}),
+    ),
+    4: (
+        (2048, {"BLOCK_V": 512, "num_warps": 4, "maxnreg": 64}),
+        (float("inf"), {"BLOCK_V": 2048, "num_warps": 8, "maxnreg": 64}),
+    ),
+}
+
+
+def row_launch(tuning: Tuning, element_size: int, vocab: int) -> dict[str, int]:
+    """The launch options of the first entry that serves rows of `vocab` columns."""
+    return next(launch for largest, launch in tuning[element_size] if vocab <= largest)
