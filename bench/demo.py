@@ -50,9 +50,9 @@ END_OF_TEXT = "<|endoftext|>"
 
 TEACHER = {"hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
 STUDENT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-TEACHER_STEPS, TEACHER_LEARNING_RATE = 500, 3e-3
-STUDENT_STEPS, STUDENT_LEARNING_RATE = 320, 6e-3
-EVALUATIONS = 8
+TEACHER_STEPS, TEACHER_LEARNING_RATE = 420, 3e-3
+STUDENT_STEPS, STUDENT_LEARNING_RATE = 240, 6e-3
+EVALUATIONS = 6
 
 TEMPERATURE, ALPHA = 2.0, 0.9
 
