@@ -412,7 +412,7 @@ def draw(runs: list[Run], costs: dict[str, tuple[float, int]], path: Path) -> No
         [run.tokens_per_second / 1e3 for run in runs],
         [COLOURS[name] for name in names],
     )
-    shape = f"Loss and gradient of {BATCH}×{BLOCK}×{VOCAB} logits"
+    shape = f"Loss of {BATCH}×{BLOCK}×{VOCAB} logits"
     for key, title, index, scale in (
         ("time", f"{shape}: ms", 0, 1e3),
         ("memory", f"{shape}: peak MB", 1, 1e-6),

@@ -210,10 +210,13 @@ def _kd_loss_forward(
         grad_scale = grad_scale.flatten()
     inverse_divisor = None
     if reduction == "mean":
-        counted = leading.numel() if labels is None else (labels != ignore_index).sum()
-        divisor = torch.as_tensor(
-            counted if num_items is None else num_items, dtype=torch.float64, device=device
-        )
+        if num_items is not None:
+            divisor = num_items.to(real)
+        elif labels is not None:
+            divisor = (labels != ignore_index).sum(dtype=real)
+        else:
+            # Not a copy of a number from the host, for which a GPU would be waited for.
+            divisor = torch.full((), leading.numel(), dtype=real, device=device)
         # Without a counted token every term is an exact 0, which 0 / 0 must not spoil.
         inverse_divisor = torch.where(divisor > 0, 1 / divisor, 0.0)
         grad_scale = inverse_divisor if grad_scale is None else grad_scale * inverse_divisor
