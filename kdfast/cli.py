@@ -21,11 +21,14 @@ from kdfast.ops import registry
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import (
+        DataCollator,
         PreTrainedConfig,
         PreTrainedModel,
         PreTrainedTokenizerBase,
         TrainingArguments,
     )
+
+    from kdfast.trainer import Recipe
 
 TASKS = ("causal-lm", "masked-lm")
 MAX_DEFAULT_BLOCK = 512
@@ -40,6 +43,10 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
+
+
+# A parser's or a group's add_argument.
+_AddArgument = Callable[..., argparse.Action]
 
 
 class CommandError(Exception):
@@ -113,62 +120,56 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_distill_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    count = _number(int, 1)
+    _add_required(parser.add_argument)
+    _add_data_options(parser.add_argument_group("data").add_argument)
+    _add_objective_options(parser.add_argument_group("objective").add_argument)
+    _add_training_options(parser.add_argument_group("training"))
 
-    add("--recipe", required=True, metavar="NAME", help="what to train towards: hinton")
-    add(
-        "--teacher",
-        required=True,
-        type=Path,
-        metavar="PATH",
-        help="a checkpoint with its tokenizer",
-    )
-    add(
+
+def _add_required(add: _AddArgument) -> None:
+    def required(name: str, metavar: str, text: str, **options: object) -> None:
+        add(name, required=True, metavar=metavar, help=text, **options)
+
+    required("--recipe", "NAME", "what to train towards: hinton")
+    required("--teacher", "PATH", "a checkpoint with its tokenizer", type=Path)
+    required(
         "--student",
-        required=True,
+        "PATH|CONFIG",
+        "a checkpoint, or a config (file or directory) for a fresh student",
         type=Path,
-        metavar="PATH|CONFIG",
-        help="a checkpoint, or a config (file or directory) for a fresh student",
     )
-    add(
+    required(
         "--dataset",
-        required=True,
+        "FILE",
+        ".txt (a blank line ends a document), or .json, .jsonl, .csv, .parquet (one per row)",
+        type=Path,
         nargs="+",
-        type=Path,
-        metavar="FILE",
-        help=".txt (a blank line ends a document), or .json, .jsonl, .csv, .parquet (one per row)",
     )
-    add(
-        "--output",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="where checkpoints and the student go",
-    )
+    required("--output", "DIR", "where checkpoints and the student go", type=Path)
 
-    data = parser.add_argument_group("data").add_argument
-    data(
+
+def _add_data_options(add: _AddArgument) -> None:
+    add(
         "--text-column",
         default="text",
         metavar="NAME",
         help="the column with the text (default: text)",
     )
-    data("--task", choices=TASKS, help="default: what the teacher is")
-    data(
+    add("--task", choices=TASKS, help="default: what the teacher is")
+    add(
         "--block-size",
         type=_number(int, 2),
         metavar="N",
         help=f"tokens per sequence (default: what both models take, at most {MAX_DEFAULT_BLOCK})",
     )
-    data(
+    add(
         "--mlm-probability",
         type=_number(float, 0, 1, open_low=True),
         default=0.15,
         metavar="P",
         help="share of tokens to mask for masked-lm (default: 0.15)",
     )
-    data(
+    add(
         "--eval-fraction",
         type=_number(float, 0, 0.9),
         default=0.05,
@@ -176,44 +177,32 @@ def _add_distill_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of documents held out and evaluated after every epoch (default: 0.05)",
     )
 
-    objective = parser.add_argument_group("objective").add_argument
-    objective("--temperature", type=float, default=2.0, metavar="T", help="default: 2.0")
-    objective(
+
+def _add_objective_options(add: _AddArgument) -> None:
+    add("--temperature", type=float, default=2.0, metavar="T", help="default: 2.0")
+    add(
         "--alpha", type=float, default=0.5, metavar="A", help="the soft term's share (default: 0.5)"
     )
 
-    group = parser.add_argument_group("training")
-    training = group.add_argument
-    training(
-        "--epochs",
-        type=_number(float, 0, open_low=True),
-        metavar="N",
-        help="default: 3",
-    )
-    training("--max-steps", type=count, metavar="N", help="stop after N steps instead of --epochs")
-    training("--batch-size", type=count, metavar="N", help="sequences per device (default: 8)")
-    training(
-        "--gradient-accumulation",
-        type=count,
-        metavar="N",
-        help="batches per step (default: 1)",
-    )
-    training(
+
+def _add_training_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    count, positive = _number(int, 1), _number(float, 0, open_low=True)
+    add("--epochs", type=positive, metavar="N", help="default: 3")
+    add("--max-steps", type=count, metavar="N", help="stop after N steps instead of --epochs")
+    add("--batch-size", type=count, metavar="N", help="sequences per device (default: 8)")
+    add("--gradient-accumulation", type=count, metavar="N", help="batches per step (default: 1)")
+    add(
         "--learning-rate",
-        type=_number(float, 0, open_low=True),
+        type=positive,
         metavar="LR",
         help="decays linearly to 0 (default: 1e-4)",
     )
-    training("--seed", type=_number(int, 0), default=42, metavar="N", help="default: 42")
-    training("--logging-steps", type=count, metavar="N", help="default: 10")
-    training(
-        "--save-steps",
-        type=count,
-        metavar="N",
-        help="steps between checkpoints (default: 500)",
-    )
-    training("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    training("--device", choices=("cpu", "cuda"), help="default: the fastest there is")
+    add("--seed", type=_number(int, 0), default=42, metavar="N", help="default: 42")
+    add("--logging-steps", type=count, metavar="N", help="default: 10")
+    add("--save-steps", type=count, metavar="N", help="steps between checkpoints (default: 500)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    add("--device", choices=("cpu", "cuda"), help="default: the fastest there is")
     precision = group.add_mutually_exclusive_group()
     precision.add_argument("--bf16", action="store_true", help="train in mixed bfloat16 precision")
     precision.add_argument("--fp16", action="store_true", help="train in mixed float16 precision")
@@ -256,24 +245,12 @@ def _missing(backend: str) -> str | None:
 
 
 def _distill(arguments: argparse.Namespace) -> None:
-    for package in ("transformers", "accelerate", "datasets", "pyarrow"):
-        if importlib.util.find_spec(package) is None:
-            raise CommandError(f"kdfast distill needs {package}: pip install 'kdfast[trainer]'")
-    import datasets
-    from transformers import DataCollatorForLanguageModeling, default_data_collator, set_seed
-    from transformers.utils import logging
+    _prepare_libraries()
+    from transformers import set_seed
 
-    from kdfast.trainer import RECIPES, DistillationTrainer
+    from kdfast.trainer import DistillationTrainer
 
-    # Loading bars that nobody watches are noise, and would stand beside an error's one line.
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-        logging.disable_progress_bar()
-
-    if arguments.recipe not in RECIPES:
-        raise CommandError(f"unknown recipe {arguments.recipe!r}: choose from {', '.join(RECIPES)}")
-    with _reporting():
-        recipe = RECIPES[arguments.recipe](temperature=arguments.temperature, alpha=arguments.alpha)
+    recipe = _recipe(arguments)
     _check_paths(arguments)
     checkpoint = _checkpoint_to_resume(arguments.output, arguments.resume)
     training_arguments = _training_arguments(arguments, recipe.training_arguments)
@@ -282,23 +259,17 @@ def _distill(arguments: argparse.Namespace) -> None:
     student_config = _load_config("student", arguments.student)
     tokenizer = _load_tokenizer(arguments, student_config, teacher_config)
     task = arguments.task or _task_of(teacher_config)
-    masked = task == "masked-lm"
-    if masked and tokenizer.mask_token is None:
-        raise CommandError("masked-lm needs a tokenizer with a mask token, and this one has none")
+    collator = _collator(task, tokenizer, arguments.mlm_probability)
     block_size = _block_size(arguments.block_size, tokenizer, student_config, teacher_config)
-    train_blocks, eval_blocks = _load_blocks(arguments, tokenizer, block_size, masked)
+    train_blocks, eval_blocks = _load_blocks(
+        arguments, tokenizer, block_size, masked=task == "masked-lm"
+    )
     if len(eval_blocks) == 0:
         training_arguments.eval_strategy = "no"
 
     set_seed(arguments.seed)
     teacher = _load_model("teacher", arguments.teacher, teacher_config, task)
     student = _load_model("student", arguments.student, student_config, task)
-    if masked:
-        collator = DataCollatorForLanguageModeling(
-            tokenizer, mlm_probability=arguments.mlm_probability
-        )
-    else:
-        collator = default_data_collator
     trainer = DistillationTrainer(
         model=student,
         args=training_arguments,
@@ -316,6 +287,40 @@ def _distill(arguments: argparse.Namespace) -> None:
     trainer.save_state()
     if trainer.is_world_process_zero():
         print(f"student saved to {arguments.output}")
+
+
+def _prepare_libraries() -> None:
+    for package in ("transformers", "accelerate", "datasets", "pyarrow"):
+        if importlib.util.find_spec(package) is None:
+            raise CommandError(f"kdfast distill needs {package}: pip install 'kdfast[trainer]'")
+    # Loading bars that nobody watches are noise, and would stand beside an error's one line.
+    if not sys.stderr.isatty():
+        import datasets
+        from transformers.utils import logging
+
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    from kdfast.trainer import RECIPES
+
+    if arguments.recipe not in RECIPES:
+        raise CommandError(f"unknown recipe {arguments.recipe!r}: choose from {', '.join(RECIPES)}")
+    with _reporting():
+        return RECIPES[arguments.recipe](temperature=arguments.temperature, alpha=arguments.alpha)
+
+
+def _collator(
+    task: str, tokenizer: PreTrainedTokenizerBase, mlm_probability: float
+) -> DataCollator:
+    from transformers import DataCollatorForLanguageModeling, default_data_collator
+
+    if task == "causal-lm":
+        return default_data_collator
+    if tokenizer.mask_token is None:
+        raise CommandError("masked-lm needs a tokenizer with a mask token, and this one has none")
+    return DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability)
 
 
 def _training_arguments(
