@@ -13,20 +13,22 @@ from torch import Tensor
 from kdfast import reference
 from kdfast.ops import registry
 from kdfast.ops.arguments import (
-    FLOATING,
-    INTEGER,
-    check_choice,
     check_detached,
     check_floating,
-    check_number,
-    check_per_token,
     check_same_device,
     values_are_checked,
 )
 from kdfast.ops.gradient import graph_is_retained, refuse_double_backward, scale_gradient
+from kdfast.ops.tokens import (
+    check_values,
+    checked_keywords,
+    gradient_scale,
+    reduce,
+    reduced_like,
+    result_dtype,
+    token_share,
+)
 from kdfast.reference import DIVERGENCES, canonical_divergence
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 def _cpp_rows(
@@ -136,24 +138,6 @@ def _as_rows(logits: Tensor) -> Tensor:
     return logits.reshape(math.prod(leading[:-1]), inner, width)
 
 
-def _check_values(
-    labels: Tensor | None,
-    temperatures: dict[str, Tensor | None],
-    ignore_index: int,
-    vocab_size: int,
-) -> None:
-    if labels is not None:
-        outside = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
-        if outside.any():
-            raise ValueError(
-                f"labels must be in [0, {vocab_size}) or ignore_index={ignore_index}, "
-                f"got {labels[outside][0].item()}"
-            )
-    for name, temperature in temperatures.items():
-        if temperature is not None and not ((temperature > 0) & temperature.isfinite()).all():
-            raise ValueError(f"{name} must be finite and above 0 for every token")
-
-
 registry.library.define(
     "kd_loss_forward(Tensor student_logits, Tensor teacher_logits, Tensor? labels, "
     "Tensor? token_weight, Tensor? temperature_per_token, Tensor? teacher_temperature_per_token, "
@@ -162,14 +146,6 @@ registry.library.define(
     "SymInt vocab_size, str reduction, bool need_parts"
     ") -> (Tensor total, Tensor soft, Tensor hard)"
 )
-
-
-def _accumulation_dtype(device: torch.device) -> torch.dtype:
-    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
-
-
-def _result_dtype(student_logits: Tensor) -> torch.dtype:
-    return torch.float64 if student_logits.dtype == torch.float64 else torch.float32
 
 
 @torch.library.impl(registry.library, "kd_loss_forward", "CompositeExplicitAutograd")
@@ -201,26 +177,11 @@ def _kd_loss_forward(
             "temperature": temperature_per_token,
             "teacher_temperature": teacher_temperature_per_token,
         }
-        _check_values(labels, temperatures, ignore_index, vocab_size)
+        check_values(labels, temperatures, ignore_index, vocab_size)
     rows = registry.select("kd_loss", BACKENDS, student_logits)
 
-    real = _accumulation_dtype(device)
-    grad_scale = None if incoming is None else incoming.to(real)
-    if grad_scale is not None and grad_scale.dim() > 0:
-        grad_scale = grad_scale.flatten()
-    inverse_divisor = None
-    if reduction == "mean":
-        if num_items is not None:
-            divisor = num_items.to(real)
-        elif labels is not None:
-            divisor = (labels != ignore_index).sum(dtype=real)
-        else:
-            # Not a copy of a number from the host, for which a GPU would be waited for.
-            divisor = torch.full((), leading.numel(), dtype=real, device=device)
-        # Without a counted token every term is an exact 0, which 0 / 0 must not spoil.
-        inverse_divisor = torch.where(divisor > 0, 1 / divisor, 0.0)
-        grad_scale = inverse_divisor if grad_scale is None else grad_scale * inverse_divisor
-
+    share = token_share(reduction, num_items, labels, ignore_index, leading, device)
+    grad_scale = gradient_scale(share, incoming)
     losses = rows(
         _as_rows(student_logits),
         _as_rows(teacher_logits),
@@ -229,7 +190,7 @@ def _kd_loss_forward(
         teacher_temperature
         if teacher_temperature_per_token is None
         else teacher_temperature_per_token.flatten(),
-        None if grad_scale is None else grad_scale.to(_result_dtype(student_logits)),
+        None if grad_scale is None else grad_scale.to(result_dtype(student_logits)),
         None if gradient is None else _as_rows(gradient),
         divergence=canonical_divergence(divergence, beta),
         beta=beta,
@@ -240,25 +201,13 @@ def _kd_loss_forward(
         need_hard=need_parts,
     )
 
-    def reduce(per_token: Tensor) -> Tensor:
-        if reduction == "none":
-            return per_token.reshape(leading).clone()
-        total = per_token.sum(dtype=real)
-        return (total if inverse_divisor is None else total * inverse_divisor).to(per_token.dtype)
-
-    if need_parts:
-        return reduce(losses[0]), reduce(losses[1]), reduce(losses[2])
-    return reduce(losses[0]), losses.new_empty(0), losses.new_empty(0)
+    return reduce(losses, share, leading, need_parts)
 
 
 @torch.library.register_fake("kdfast::kd_loss_forward", lib=registry.library)
 def _(student_logits: Tensor, *args: object, reduction: str, need_parts: bool, **kwargs: object):
     shape = student_logits.shape[:-1] if reduction == "none" else ()
-    dtype = _result_dtype(student_logits)
-    return tuple(
-        student_logits.new_empty(shape if kept else (0,), dtype=dtype)
-        for kept in (True, need_parts, need_parts)
-    )
+    return reduced_like(student_logits, shape, need_parts)
 
 
 class _KDLoss(torch.autograd.Function):
@@ -329,10 +278,13 @@ def kd_loss(
     after Hinton et al. 2015, "Distilling the Knowledge in a Neural Network". D is chosen by
     `divergence`:
 
-        forward_kl       KL(p‖q) reverse_kl       KL(q‖p) jsd              β·KL(p‖m) +
-        (1−β)·KL(q‖m), m = βp + (1−β)q  (Agarwal et al. 2024; β=0, 1: forward, reverse KL)
-        skew_forward_kl  KL(p‖βp + (1−β)q)                           (Ko et al. 2024, DistiLLM)
-        skew_reverse_kl  KL(q‖(1−β)p + βq) tvd              ½ Σ |p − q|
+        forward_kl       KL(p‖q)
+        reverse_kl       KL(q‖p)
+        jsd              β·KL(p‖m) + (1−β)·KL(q‖m), m = βp + (1−β)q
+                         (Agarwal et al. 2024; β = 0 is forward and β = 1 reverse KL)
+        skew_forward_kl  KL(p‖βp + (1−β)q)  (Ko et al. 2024, DistiLLM)
+        skew_reverse_kl  KL(q‖(1−β)p + βq)
+        tvd              ½ Σ |p − q|
 
     Args:
         student_logits: `[..., V_s]`, float32, bfloat16, float16 or float64. Gradients flow here and
@@ -369,8 +321,8 @@ def kd_loss(
         TypeError, ValueError: naming the argument, what came and what was expected.
 
     Example:
-        >>> loss = kdfast.kd_loss(student_logits, teacher_logits, labels, temperature=2.0,
-        alpha=0.5) >>> loss.backward()
+        >>> loss = kdfast.kd_loss(student_logits, teacher_logits, labels, temperature=2.0)
+        >>> loss.backward()
     """
     check_floating("student_logits", student_logits)
     check_floating("teacher_logits", teacher_logits)
@@ -387,26 +339,22 @@ def kd_loss(
             f"got {tuple(teacher_logits.shape[:-1])}"
         )
     vocab_size = _checked_vocab_size(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1])
-    check_choice("divergence", divergence, DIVERGENCES)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_number("beta", beta, 0, 1)
-    check_number("alpha", alpha, 0, 1)
-    if labels is not None:
-        check_per_token("labels", labels, tokens, device, INTEGER)
-    elif alpha < 1:
-        raise ValueError(
-            f"labels are needed for the hard term of alpha={alpha}; pass labels, or alpha=1.0"
-        )
-    if token_weight is not None:
-        check_per_token("token_weight", token_weight, tokens, device, FLOATING)
-    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    temperature, temperature_per_token = _split_temperature(
-        "temperature", temperature, tokens, device
+    per_token, settings = checked_keywords(
+        tokens,
+        device,
+        labels,
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        scale_t2=scale_t2,
+        alpha=alpha,
+        ignore_index=ignore_index,
+        token_weight=token_weight,
+        reduction=reduction,
+        num_items=num_items,
+        return_parts=return_parts,
     )
-    teacher_temperature, teacher_temperature_per_token = _split_temperature(
-        "teacher_temperature", teacher_temperature, tokens, device
-    )
-    num_items = _checked_num_items(num_items, reduction, device)
     overwrite = overwrite_student_logits and not torch.compiler.is_compiling()
     if overwrite:
         _check_overwritable(student_logits)
@@ -414,25 +362,10 @@ def kd_loss(
     total, soft, hard = _KDLoss.apply(
         student_logits,
         teacher_logits,
-        labels,
-        token_weight,
-        temperature_per_token,
-        teacher_temperature_per_token,
-        num_items,
+        *per_token,
         torch.is_grad_enabled() and student_logits.requires_grad,
         overwrite,
-        {
-            "divergence": divergence,
-            "beta": float(beta),
-            "temperature": temperature,
-            "teacher_temperature": teacher_temperature,
-            "scale_t2": scale_t2,
-            "alpha": float(alpha),
-            "ignore_index": ignore_index,
-            "vocab_size": vocab_size,
-            "reduction": reduction,
-            "need_parts": return_parts,
-        },
+        {**settings, "vocab_size": vocab_size},
     )
     return (total, soft, hard) if return_parts else total
 
@@ -451,37 +384,6 @@ def _checked_vocab_size(vocab_size: int | None, student_width: int, teacher_widt
             f"for student_logits of {student_width} and teacher_logits of {teacher_width} columns"
         )
     return vocab_size
-
-
-def _split_temperature(
-    name: str, temperature: float | Tensor, tokens: tuple, device: torch.device
-) -> tuple[float, Tensor | None]:
-    """A temperature as the operator takes it: a number, or a tensor in its place."""
-    if isinstance(temperature, Tensor):
-        check_per_token(name, temperature, tokens, device, FLOATING)
-        return 1.0, temperature
-    check_number(name, temperature, 0, open_low=True)
-    return float(temperature), None
-
-
-def _checked_num_items(
-    num_items: float | Tensor | None, reduction: str, device: torch.device
-) -> Tensor | None:
-    if num_items is None:
-        return None
-    if reduction != "mean":
-        raise ValueError(
-            f"num_items is the divisor of reduction='mean', got reduction={reduction!r}"
-        )
-    if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(
-                f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}"
-            )
-        check_detached("num_items", num_items)
-        return num_items.reshape(()).to(device)
-    check_number("num_items", num_items, 0, open_low=True)
-    return torch.full((), num_items, dtype=_accumulation_dtype(device), device=device)
 
 
 def _check_overwritable(student_logits: Tensor) -> None:
