@@ -1,11 +1,28 @@
 """The operations as modules: settings at construction, tensors at the call."""
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdfast.ops.kd_loss import kd_loss
+from kdfast.ops.linear_kd_loss import linear_kd_loss
 
 
-class KDLoss(nn.Module):
+class _Settings(nn.Module):
+    """What an operation is called with, kept as attributes of the keywords' names."""
+
+    def settings(self) -> dict[str, object]:
+        """The keywords that the function is called with."""
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if not name.startswith("_") and name != "training"
+        }
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+
+
+class KDLoss(_Settings):
     """`kdfast.kd_loss` as a module; every keyword means what it means there.
 
     Example:
@@ -41,14 +58,6 @@ class KDLoss(nn.Module):
         self.return_parts = return_parts
         self.overwrite_student_logits = overwrite_student_logits
 
-    def settings(self) -> dict[str, object]:
-        """The keywords that the function is called with."""
-        return {
-            name: value
-            for name, value in vars(self).items()
-            if not name.startswith("_") and name != "training"
-        }
-
     def forward(
         self,
         student_logits: Tensor,
@@ -67,5 +76,77 @@ class KDLoss(nn.Module):
             **self.settings(),
         )
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+
+class LinearKDLoss(_Settings):
+    """`kdfast.linear_kd_loss` as a module; every keyword means what it means there.
+
+    Example:
+        >>> distill = kdfast.LinearKDLoss(temperature=2.0, alpha=0.5)
+        >>> loss = distill(
+        ...     student_hidden, student.lm_head.weight, teacher_hidden, teacher.lm_head.weight
+        ... )
+    """
+
+    def __init__(
+        self,
+        *,
+        student_logit_scale: float = 1.0,
+        teacher_logit_scale: float = 1.0,
+        student_softcap: float | None = None,
+        teacher_softcap: float | None = None,
+        chunk_size: int | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        divergence: str = "forward_kl",
+        beta: float = 0.5,
+        temperature: float | Tensor = 1.0,
+        teacher_temperature: float | Tensor | None = None,
+        scale_t2: bool = True,
+        alpha: float = 1.0,
+        ignore_index: int = -100,
+        vocab_size: int | None = None,
+        reduction: str = "mean",
+        return_parts: bool = False,
+    ) -> None:
+        super().__init__()
+        self.student_logit_scale = student_logit_scale
+        self.teacher_logit_scale = teacher_logit_scale
+        self.student_softcap = student_softcap
+        self.teacher_softcap = teacher_softcap
+        self.chunk_size = chunk_size
+        self.process_group = process_group
+        self.divergence = divergence
+        self.beta = beta
+        self.temperature = temperature
+        self.teacher_temperature = teacher_temperature
+        self.scale_t2 = scale_t2
+        self.alpha = alpha
+        self.ignore_index = ignore_index
+        self.vocab_size = vocab_size
+        self.reduction = reduction
+        self.return_parts = return_parts
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        labels: Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        return linear_kd_loss(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            labels,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            token_weight=token_weight,
+            num_items=num_items,
+            **self.settings(),
+        )

@@ -61,6 +61,13 @@ def check_number(
         raise ValueError(f"{name} must be {_interval(low, high, open_low)}, got {number}")
 
 
+def check_count(name: str, number: int) -> None:
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"{name} must be a whole number, got {type(number).__name__}")
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+
+
 def _interval(low: float, high: float, open_low: bool) -> str:
     lower = f"above {low:g}" if open_low else f"at least {low:g}"
     return f"finite and {lower}" if high == math.inf else f"{lower} and at most {high:g}"
@@ -69,6 +76,25 @@ def _interval(low: float, high: float, open_low: bool) -> str:
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def checked_vocab_size(
+    vocab_size: int | None, student: int, teacher: int, names: tuple[str, str], unit: str
+) -> int:
+    """The size of the vocabulary, given what the two sides have: `unit` of the tensors `names`."""
+    if vocab_size is None:
+        if student != teacher:
+            raise ValueError(
+                f"{names[0]} has {student} {unit} and {names[1]} {teacher}: "
+                "pass vocab_size, the size of the vocabulary that the two share"
+            )
+        vocab_size = student
+    if not 1 <= vocab_size <= min(student, teacher):
+        raise ValueError(
+            f"vocab_size must be at least 1 and at most the {unit} of both sides, got {vocab_size} "
+            f"for {names[0]} of {student} and {names[1]} of {teacher} {unit}"
+        )
+    return vocab_size
 
 
 def values_are_checked(device: torch.device) -> bool:

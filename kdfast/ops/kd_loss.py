@@ -16,6 +16,7 @@ from kdfast.ops.arguments import (
     check_detached,
     check_floating,
     check_same_device,
+    checked_vocab_size,
     values_are_checked,
 )
 from kdfast.ops.gradient import graph_is_retained, refuse_double_backward, scale_gradient
@@ -338,7 +339,13 @@ def kd_loss(
             f"teacher_logits must have the student's leading shape {tuple(tokens)}, "
             f"got {tuple(teacher_logits.shape[:-1])}"
         )
-    vocab_size = _checked_vocab_size(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1])
+    vocab_size = checked_vocab_size(
+        vocab_size,
+        student_logits.shape[-1],
+        teacher_logits.shape[-1],
+        ("student_logits", "teacher_logits"),
+        "columns",
+    )
     per_token, settings = checked_keywords(
         tokens,
         device,
@@ -368,22 +375,6 @@ def kd_loss(
         {**settings, "vocab_size": vocab_size},
     )
     return (total, soft, hard) if return_parts else total
-
-
-def _checked_vocab_size(vocab_size: int | None, student_width: int, teacher_width: int) -> int:
-    if vocab_size is None:
-        if student_width != teacher_width:
-            raise ValueError(
-                f"student_logits have {student_width} columns and teacher_logits {teacher_width}: "
-                "pass vocab_size, the number of columns that the two vocabularies share"
-            )
-        vocab_size = student_width
-    if not 1 <= vocab_size <= min(student_width, teacher_width):
-        raise ValueError(
-            f"vocab_size must be at least 1 and at most the logits' width, got {vocab_size} "
-            f"for student_logits of {student_width} and teacher_logits of {teacher_width} columns"
-        )
-    return vocab_size
 
 
 def _check_overwritable(student_logits: Tensor) -> None:
