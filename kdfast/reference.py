@@ -79,6 +79,27 @@ def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
     return ((logits - logits.detach().amax(-1, keepdim=True)) / temperature).log_softmax(-1)
 
 
+def head_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """softcap(scale · (hidden Wᵀ + bias)), the logits whose `kd_loss_rows` is `linear_kd_loss`.
+
+    Args:
+        hidden: `[..., H]`; weight: `[V, H]`; bias: `[V]`. In float32, or float64 for float64.
+        softcap: c of c · tanh(x / c), or None.
+    """
+    real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logits = hidden.to(real) @ weight.to(real).T
+    if bias is not None:
+        logits = logits + bias.to(real)
+    logits = scale * logits
+    return logits if softcap is None else softcap * (logits / softcap).tanh()
+
+
 def kd_loss_rows(
     student_logits: Tensor,
     teacher_logits: Tensor,

@@ -125,16 +125,21 @@ def _product_dtype(
     return dtype if autocast is None else autocast
 
 
-def _chunk_rows(chunk_size: int | None, vocab: int, dtype: torch.dtype, sharded: bool, device: str):
-    """How many rows fit into the budget."""
-    if chunk_size is not None:
-        return chunk_size
-    budget = os.environ.get("KDFAST_CHUNK_BYTES")
-    budget = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) if budget is None else int(budget)
-    # Both sets of logits; the gradient, where the products want it narrower; what the plain PyTorch
-    # of the vocabulary-parallel form holds besides.
+def _chunk_bytes(device: torch.device) -> int:
+    text = os.environ.get("KDFAST_CHUNK_BYTES")
+    if text is None:
+        return CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"]
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"KDFAST_CHUNK_BYTES must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def _chunk_rows(chunk_bytes: int, vocab: int, dtype: torch.dtype, sharded: bool) -> int:
+    """How many rows fit into the budget: at least one, and multiples of 64 from there on."""
+    # Both sets of logits, and the gradient where the products want it narrower.
     per_logit = 2 * _wide(dtype).itemsize + (dtype.itemsize if dtype in HALF else 0)
-    rows = budget // max(1, vocab * per_logit * (4 if sharded else 1))
+    # Besides them, the plain PyTorch of a sharded vocabulary holds its temporaries.
+    rows = chunk_bytes // max(1, vocab * per_logit * (4 if sharded else 1))
     return max(1, rows // 64 * 64 if rows >= 64 else rows)
 
 
@@ -180,8 +185,8 @@ registry.library.define(
     " Tensor(c!)? bias_gradient, *, str divergence, float beta, float temperature, "
     "float teacher_temperature, bool scale_t2, float alpha, int ignore_index, SymInt vocab_size, "
     "str reduction, bool need_parts, float student_logit_scale, float teacher_logit_scale, "
-    "float? student_softcap, float? teacher_softcap, SymInt? chunk_size, ScalarType? autocast, "
-    "str? group, SymInt vocab_offset"
+    "float? student_softcap, float? teacher_softcap, SymInt? chunk_size, SymInt chunk_bytes, "
+    "ScalarType? autocast, str? group, SymInt vocab_offset, SymInt widest_shard"
     ") -> (Tensor total, Tensor soft, Tensor hard)"
 )
 
@@ -219,9 +224,11 @@ def _linear_kd_loss_forward(
     student_softcap: float | None,
     teacher_softcap: float | None,
     chunk_size: int | None,
+    chunk_bytes: int,
     autocast: torch.dtype | None,
     group: str | None,
     vocab_offset: int,
+    widest_shard: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     device, tokens = student_hidden.device, student_hidden.shape[:-1]
     if values_are_checked(device):
@@ -290,7 +297,8 @@ def _linear_kd_loss_forward(
     )
 
     rows = len(student.hidden)
-    size = _chunk_rows(chunk_size, vocab, dtype, group is not None, device.type)
+    # Ranks whose shards differ in size take the same chunks: they meet in each.
+    size = chunk_size or _chunk_rows(chunk_bytes, widest_shard, dtype, group is not None)
     losses = torch.zeros(3, rows, dtype=wide, device=device)
     for gradient in (hidden_gradient, bias_gradient):
         if gradient is not None:
@@ -557,22 +565,20 @@ def _prepared(
     autocast = None
     if torch.is_autocast_enabled(device.type):
         autocast = torch.get_autocast_dtype(device.type)
-    return (
-        (*student[:3], *teacher[:3], *per_token),
-        needed,
-        {
-            **settings,
-            "vocab_size": vocab_size,
-            "student_logit_scale": student[3],
-            "teacher_logit_scale": teacher[3],
-            "student_softcap": student[4],
-            "teacher_softcap": teacher[4],
-            "chunk_size": chunk_size,
-            "autocast": autocast,
-            "group": None,
-            "vocab_offset": 0,
-        },
-    )
+    settings |= {
+        "vocab_size": vocab_size,
+        "student_logit_scale": student[3],
+        "teacher_logit_scale": teacher[3],
+        "student_softcap": student[4],
+        "teacher_softcap": teacher[4],
+        "chunk_size": chunk_size,
+        "chunk_bytes": _chunk_bytes(device),
+        "autocast": autocast,
+        "group": None,
+        "vocab_offset": 0,
+        "widest_shard": vocab_size,
+    }
+    return (*student[:3], *teacher[:3], *per_token), needed, settings
 
 
 def _checked_head(

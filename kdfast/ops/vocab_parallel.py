@@ -68,6 +68,7 @@ def agreed(prepare: Callable[[], Prepared], group: dist.ProcessGroup) -> Prepare
         check_values(theirs["labels"], {}, settings["ignore_index"], vocab_size)
     place = {
         "vocab_size": vocab_size,
+        "widest_shard": max(student_sizes),
         "vocab_offset": sum(student_sizes[: dist.get_rank(group)]),
         "group": group.group_name,
     }
