@@ -96,9 +96,8 @@ def _facts(tensors: tuple, needed: tuple[bool, ...], settings: dict[str, object]
 
 def _gathered(numbers: Tensor, group: dist.ProcessGroup) -> Tensor:
     """`[ranks, ...]`: what every rank has in `numbers`."""
-    ranks = dist.get_world_size(group)
-    gathered = numbers.new_empty((ranks, *numbers.shape))
-    dist.all_gather_into_tensor(gathered.flatten(0, 1), numbers, group=group)
+    gathered = numbers.new_empty((dist.get_world_size(group), *numbers.shape))
+    dist.all_gather(list(gathered), numbers, group=group)
     return gathered
 
 

@@ -1,0 +1,55 @@
+"""Runs a function on several gloo processes of this machine."""
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_on_ranks(ranks: int, function: Callable[..., object], *arguments: object) -> list[object]:
+    """`function(rank, *arguments)` on each rank; what each returns, in order.
+
+    An exception on any rank raises here; a rank that waits in vain fails within a minute.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("spawn")
+        queue = context.SimpleQueue()
+        processes = [
+            context.Process(target=_work, args=(queue, folder, rank, ranks, function, arguments))
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        results = dict(queue.get() for _ in processes)
+        for process in processes:
+            process.join()
+    for rank, (error, _) in results.items():
+        assert error is None, f"rank {rank}:\n{error}"
+    return [results[rank][1] for rank in range(ranks)]
+
+
+def _work(queue, folder: str, rank: int, ranks: int, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    # Results are small, and go through the queue by value.
+    mp.set_sharing_strategy("file_system")
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/rendezvous",
+            rank=rank,
+            world_size=ranks,
+            timeout=timedelta(seconds=60),
+        )
+        torch.manual_seed(0)
+        queue.put((rank, (None, function(rank, *arguments))))
+    except BaseException:
+        queue.put((rank, (traceback.format_exc(), None)))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
