@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "cpu/kd_loss.h"
+#include "cpu/pages.h"
 
 namespace py = pybind11;
 
@@ -78,4 +79,11 @@ PYBIND11_MODULE(_C, module) {
   };
   define_kd_loss_rows("kd_loss_rows_float32", kd_loss_rows<float>);
   define_kd_loss_rows("kd_loss_rows_float64", kd_loss_rows<double>);
+
+  module.def(
+      "prefer_huge_pages",
+      [](Address data, int64_t bytes) {
+        kdfast::prefer_huge_pages(reinterpret_cast<char*>(data), bytes);
+      },
+      py::arg("data"), py::arg("bytes"));
 }

@@ -371,7 +371,7 @@ def test_float16_headroom():
         (torch.tensor([1.0, 8.0]), torch.rand(2)),
     ):
         scale = torch.tensor(1e-6, dtype=torch.float64)
-        factor = _float16_headroom(scale, weight, temperature, True, 1.0)
+        factor = _float16_headroom(scale, weight, temperature, True, 1.0, scale.device)
         largest = (1 if weight is None else weight) * torch.as_tensor(temperature) * scale * factor
         assert 2**7 <= largest.max() <= 2**8
         assert factor.log2() == factor.log2().round()

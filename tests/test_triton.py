@@ -495,3 +495,21 @@ def test_overwriting_the_students_logits():
         activations = leaf * 1.0
         kdfast.kd_loss(activations, teacher, overwrite_student_logits=True).backward()
     assert torch.equal(leaf.grad, expected.grad)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_linear_kd_loss(divergence, softcap):
+    student, weight = torch.randn(9, 8), torch.randn(150, 8)
+    teacher = {"teacher_hidden": torch.randn(9, 12), "teacher_weight": torch.randn(150, 12)}
+    labels = torch.randint(150, (9,))
+    options = {"divergence": divergence, "student_softcap": softcap, "alpha": 0.5, "chunk_size": 4}
+    results = {}
+    for backend in ("triton", "torch"):
+        leaves = student.clone().requires_grad_(), weight.clone().requires_grad_()
+        with kdfast.backend(backend):
+            loss = kdfast.linear_kd_loss(*leaves, labels=labels, **teacher, **options)
+            loss.backward()
+        results[backend] = (loss, *(leaf.grad for leaf in leaves))
+    for result, expected in zip(*results.values(), strict=True):
+        assert relative_error(result, expected) < 2e-6

@@ -27,6 +27,7 @@ from kdfast.ops.arguments import (
 )
 from kdfast.ops.gradient import refuse_double_backward, scale_gradient
 from kdfast.ops.kd_loss import BACKENDS
+from kdfast.ops.memory import fresh
 from kdfast.ops.tokens import (
     check_values,
     checked_keywords,
@@ -107,11 +108,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
     """out = left right, or out += left right, accumulated in the precision of `out`."""
-    widening = () if left.dtype == out.dtype else (out.dtype,)
+    widening = {} if left.dtype == out.dtype else {"out_dtype": out.dtype}
     if accumulate:
-        torch.addmm(out, left, right, *widening, out=out)
+        torch.addmm(out, left, right, **widening, out=out)
     else:
-        torch.mm(left, right, *widening, out=out)
+        torch.mm(left, right, **widening, out=out)
 
 
 def _product_dtype(
@@ -143,6 +144,11 @@ def _chunk_rows(chunk_bytes: int, vocab: int, dtype: torch.dtype, sharded: bool)
     return max(1, rows // 64 * 64 if rows >= 64 else rows)
 
 
+def _buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Rows start on a boundary: a matrix product whose rows do not is a slow one on a GPU.
+    return fresh(rows, -(-vocab // 64) * 64, dtype=dtype, device=device)[:, :vocab]
+
+
 def _chunks(
     rows: int, size: int, labels: Tensor | None, ignore_index: int
 ) -> tuple[slice | Tensor, ...]:
@@ -163,16 +169,16 @@ def _float16_headroom(
     temperature: float | Tensor,
     scale_t2: bool,
     alpha: float,
+    device: torch.device,
 ) -> Tensor:
     """A power of two that brings the entries of a float16 gradient near 2⁸.
 
     There is room above for the logarithms of a reverse KL, and below for probabilities of 1e-10.
     """
-    if not isinstance(temperature, Tensor):
-        temperature = torch.full((), temperature)
-    largest = alpha * (temperature if scale_t2 else 1 / temperature) + (1 - alpha)
+    largest = torch.ones((), device=device)
+    largest = largest * (alpha * (temperature if scale_t2 else 1 / temperature) + (1 - alpha))
     for factor in (scale, token_weight):
-        largest = largest if factor is None else largest.to(factor) * factor.abs()
+        largest = largest if factor is None else largest * factor.abs()
     largest = largest.amax().float().clamp_min(torch.finfo(torch.float32).tiny)
     return torch.exp2(8 - largest.log2().ceil())
 
@@ -277,7 +283,7 @@ def _linear_kd_loss_forward(
         )
     headroom = None
     if gradients and dtype == torch.float16:
-        headroom = _float16_headroom(grad_scale, token_weight, temperature, scale_t2, alpha)
+        headroom = _float16_headroom(grad_scale, token_weight, temperature, scale_t2, alpha, device)
         grad_scale = headroom if grad_scale is None else grad_scale * headroom
     grad_scale = None if grad_scale is None else grad_scale.to(wide)
 
@@ -304,16 +310,14 @@ def _linear_kd_loss_forward(
         if gradient is not None:
             gradient.zero_()
     size = max(1, min(size, rows))
-    student_buffer, teacher_buffer = (
-        torch.empty(size, vocab, dtype=wide, device=device) for _ in range(2)
-    )
+    student_buffer, teacher_buffer = (_buffer(size, vocab, wide, device) for _ in range(2))
     # The gradient takes the place of the student's logits, unless they are still needed or it is
     # narrower.
     gradient_buffer = None
     if gradients:
         gradient_buffer = student_buffer if student.softcap is None else teacher_buffer
         if dtype in HALF:
-            gradient_buffer = torch.empty(size, vocab, dtype=dtype, device=device)
+            gradient_buffer = _buffer(size, vocab, dtype, device)
 
     chunks = _chunks(rows, size, labels, ignore_index)
     with torch.autocast(device.type, enabled=False):
@@ -414,9 +418,7 @@ class _LinearKDLoss(torch.autograd.Function):
 def _gradient_buffers(student: tuple, needed: tuple[bool, ...]) -> list[Tensor | None]:
     wide = _wide(torch.promote_types(student[0].dtype, student[1].dtype))
     return [
-        torch.empty_like(tensor, dtype=wide, memory_format=torch.contiguous_format)
-        if need
-        else None
+        fresh(*tensor.shape, dtype=wide, device=tensor.device) if need else None
         for tensor, need in zip(student, needed, strict=True)
     ]
 
