@@ -334,10 +334,10 @@ def test_memory_is_one_chunk(budget, monkeypatch):
 
 
 def test_memory_for_long_contexts_and_large_vocabularies():
-    from kdfast.ops.linear_kd_loss import CHUNK_BYTES, _chunk_rows
+    from kdfast.ops.head import CHUNK_BYTES, rows_within
 
     # 16k tokens of two models' float32 logits would be 19.9 GB.
-    rows = _chunk_rows(CHUNK_BYTES["cuda"], 152064, torch.bfloat16, False)
+    rows = rows_within(CHUNK_BYTES["cuda"], 152064, torch.bfloat16)
     assert rows == 704
     assert rows * 152064 * (4 + 4 + 2) <= CHUNK_BYTES["cuda"]
 
@@ -371,7 +371,7 @@ def test_float16_headroom():
         (torch.tensor([1.0, 8.0]), torch.rand(2)),
     ):
         scale = torch.tensor(1e-6, dtype=torch.float64)
-        factor = _float16_headroom(scale, weight, temperature, True, 1.0, scale.device)
+        factor = _float16_headroom(scale, weight, temperature, True, 1.0)
         largest = (1 if weight is None else weight) * torch.as_tensor(temperature) * scale * factor
         assert 2**7 <= largest.max() <= 2**8
         assert factor.log2() == factor.log2().round()

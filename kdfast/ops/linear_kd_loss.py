@@ -5,9 +5,8 @@ gradients that the forward pass computed, and the operator takes the rows in chu
 both heads, the row kernel of `kd_loss` in place, the two products of the gradient.
 """
 
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -26,6 +25,17 @@ from kdfast.ops.arguments import (
     values_are_checked,
 )
 from kdfast.ops.gradient import refuse_double_backward, scale_gradient
+from kdfast.ops.head import (
+    HALF,
+    Head,
+    HeadGradients,
+    chunk_budget,
+    chunks_of,
+    logits_buffer,
+    product_dtype,
+    rows_within,
+    wide_dtype,
+)
 from kdfast.ops.kd_loss import BACKENDS
 from kdfast.ops.memory import fresh
 from kdfast.ops.tokens import (
@@ -38,147 +48,21 @@ from kdfast.ops.tokens import (
 )
 from kdfast.reference import canonical_divergence
 
-# What one chunk may take, where KDFAST_CHUNK_BYTES does not say. A CPU's caches are long outgrown,
-# and the matrix products are as fast as they get from 200 rows on; a GPU wants more rows.
-CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
-
-# A weight that the products want wider is converted by blocks, which cost time and not memory.
-BLOCK_BYTES = 16 << 20
-
-HALF = (torch.bfloat16, torch.float16)
-
-
-class _Head:
-    """One model's output head: logits = softcap(scale · (hidden Wᵀ + bias)).
-
-    Products of half-precision operands are accumulated and returned in float32. On the CPU, whose
-    products return what they take, the operands are widened instead.
-    """
-
-    def __init__(
-        self,
-        hidden: Tensor,  # (rows, hidden)
-        weight: Tensor,  # (vocab, hidden)
-        bias: Tensor | None,  # (vocab,)
-        scale: float,
-        softcap: float | None,
-        dtype: torch.dtype,
-    ) -> None:
-        self.hidden, self.bias, self.scale, self.softcap = hidden, bias, scale, softcap
-        self.dtype = dtype
-        narrows = weight.dtype.itemsize > dtype.itemsize
-        self.weight = weight.to(dtype) if narrows else weight
-
-    def rows(self, chunk: slice | Tensor) -> Tensor:
-        return self.hidden[chunk].to(self.dtype)
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in the products' dtype, some columns of the logits at a time."""
-        vocab, width = self.weight.shape
-        size = vocab if self.weight.dtype == self.dtype else BLOCK_BYTES // (4 * width)
-        for begin in range(0, vocab, max(1, size)):
-            columns = slice(begin, min(begin + max(1, size), vocab))
-            yield columns, self.weight[columns].to(self.dtype)
-
-    def logits(self, rows: Tensor, out: Tensor) -> Tensor:
-        for columns, weight in self.blocks():
-            _multiply(rows, weight.T, out[:, columns])
-        if self.bias is not None:
-            out.add_(self.bias)
-        if self.scale != 1:
-            out.mul_(self.scale)
-        if self.softcap is not None:
-            out.div_(self.softcap).tanh_().mul_(self.softcap)
-        return out
-
-    def uncap(self, gradient: Tensor, logits: Tensor) -> None:
-        """From the gradient of the capped logits to that of what was capped; logits are lost."""
-        gradient.mul_(logits.div_(self.softcap).square_().neg_().add_(1))
-
-    def hidden_gradient(self, gradient: Tensor) -> Tensor:
-        out = gradient.new_empty(len(gradient), self.weight.shape[1], dtype=_wide(self.dtype))
-        for columns, weight in self.blocks():
-            _multiply(gradient[:, columns], weight, out, accumulate=columns.start > 0)
-        return out
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _multiply(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-    """out = left right, or out += left right, accumulated in the precision of `out`."""
-    widening = {} if left.dtype == out.dtype else {"out_dtype": out.dtype}
-    if accumulate:
-        torch.addmm(out, left, right, **widening, out=out)
-    else:
-        torch.mm(left, right, **widening, out=out)
-
-
-def _product_dtype(
-    student_hidden: Tensor, student_weight: Tensor, autocast: torch.dtype | None
-) -> torch.dtype:
-    dtype = torch.promote_types(student_hidden.dtype, student_weight.dtype)
-    if dtype == torch.float64:
-        return dtype
-    if student_hidden.device.type != "cuda":
-        return torch.float32
-    return dtype if autocast is None else autocast
-
-
-def _chunk_bytes(device: torch.device) -> int:
-    text = os.environ.get("KDFAST_CHUNK_BYTES")
-    if text is None:
-        return CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"]
-    if not text.isdecimal() or int(text) == 0:
-        raise ValueError(f"KDFAST_CHUNK_BYTES must be a whole number above 0, got {text!r}")
-    return int(text)
-
-
-def _chunk_rows(chunk_bytes: int, vocab: int, dtype: torch.dtype, sharded: bool) -> int:
-    """How many rows fit into the budget: at least one, and multiples of 64 from there on."""
-    # Both sets of logits, and the gradient where the products want it narrower.
-    per_logit = 2 * _wide(dtype).itemsize + (dtype.itemsize if dtype in HALF else 0)
-    # Besides them, the plain PyTorch of a sharded vocabulary holds its temporaries.
-    rows = chunk_bytes // max(1, vocab * per_logit * (4 if sharded else 1))
-    return max(1, rows // 64 * 64 if rows >= 64 else rows)
-
-
-def _buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Rows start on a boundary: a matrix product whose rows do not is a slow one on a GPU.
-    return fresh(rows, -(-vocab // 64) * 64, dtype=dtype, device=device)[:, :vocab]
-
-
-def _chunks(
-    rows: int, size: int, labels: Tensor | None, ignore_index: int
-) -> tuple[slice | Tensor, ...]:
-    """The rows of each chunk; on the CPU only those that count, few in a masked language model.
-
-    Elsewhere counting them would wait for the device.
-    """
-    if labels is not None and labels.device.type == "cpu":
-        counted = (labels != ignore_index).nonzero().squeeze(1)
-        if len(counted) < rows:
-            return counted.split(size) if len(counted) else ()
-    return tuple(slice(begin, min(begin + size, rows)) for begin in range(0, rows, size))
-
 
 def _float16_headroom(
-    scale: Tensor | None,
+    scale: Tensor,
     token_weight: Tensor | None,
     temperature: float | Tensor,
     scale_t2: bool,
     alpha: float,
-    device: torch.device,
 ) -> Tensor:
     """A power of two that brings the entries of a float16 gradient near 2⁸.
 
     There is room above for the logarithms of a reverse KL, and below for probabilities of 1e-10.
     """
-    largest = torch.ones((), device=device)
-    largest = largest * (alpha * (temperature if scale_t2 else 1 / temperature) + (1 - alpha))
-    for factor in (scale, token_weight):
-        largest = largest if factor is None else largest * factor.abs()
+    largest = scale.abs() * (alpha * (temperature if scale_t2 else 1 / temperature) + (1 - alpha))
+    if token_weight is not None:
+        largest = largest * token_weight.abs()
     largest = largest.amax().float().clamp_min(torch.finfo(torch.float32).tiny)
     return torch.exp2(8 - largest.log2().ceil())
 
@@ -243,15 +127,15 @@ def _linear_kd_loss_forward(
             "teacher_temperature": teacher_temperature_per_token,
         }
         check_values(labels, temperatures, ignore_index, vocab_size)
-    dtype = _product_dtype(student_hidden, student_weight, autocast)
-    wide = _wide(dtype)
-    # The columns that exist, of this shard if the vocabulary is one.
+    dtype = product_dtype(student_hidden, student_weight, autocast)
+    wide = wide_dtype(dtype)
+    # The columns that exist, of this shard if the vocabulary is cut into shards.
     vocab = max(0, min(len(student_weight), vocab_size - vocab_offset))
 
     def head(hidden, weight, bias, scale, softcap):
         bias = None if bias is None else bias[:vocab]
         hidden = hidden.reshape(tokens.numel(), hidden.shape[-1])
-        return _Head(hidden, weight[:vocab], bias, scale, softcap, dtype)
+        return Head(hidden, weight[:vocab], bias, scale, softcap, dtype)
 
     student = head(
         student_hidden, student_weight, student_bias, student_logit_scale, student_softcap
@@ -259,6 +143,8 @@ def _linear_kd_loss_forward(
     teacher = head(
         teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap
     )
+    gradients = HeadGradients(hidden_gradient, weight_gradient, bias_gradient, vocab)
+
     labels, token_weight, temperature_per_token, teacher_temperature_per_token = (
         None if per_token is None else per_token.flatten()
         for per_token in (
@@ -272,100 +158,100 @@ def _linear_kd_loss_forward(
         temperature = temperature_per_token
     if teacher_temperature_per_token is not None:
         teacher_temperature = teacher_temperature_per_token
-    gradients = [g for g in (hidden_gradient, weight_gradient, bias_gradient) if g is not None]
     share = token_share(reduction, num_items, labels, ignore_index, tokens, device)
     grad_scale = gradient_scale(share, incoming)
-    if student_logit_scale != 1:
-        grad_scale = (
-            torch.full((), student_logit_scale, dtype=wide, device=device)
-            if grad_scale is None
-            else grad_scale * student_logit_scale
-        )
+    if grad_scale is None:
+        grad_scale = torch.ones((), dtype=wide, device=device)
+    grad_scale = grad_scale * student_logit_scale
     headroom = None
-    if gradients and dtype == torch.float16:
-        headroom = _float16_headroom(grad_scale, token_weight, temperature, scale_t2, alpha, device)
-        grad_scale = headroom if grad_scale is None else grad_scale * headroom
-    grad_scale = None if grad_scale is None else grad_scale.to(wide)
+    if dtype == torch.float16:
+        headroom = _float16_headroom(grad_scale, token_weight, temperature, scale_t2, alpha)
+        grad_scale = grad_scale * headroom
 
+    options = {
+        "divergence": canonical_divergence(divergence, beta),
+        "beta": beta,
+        "scale_t2": scale_t2,
+        "alpha": alpha,
+        "ignore_index": ignore_index,
+        "vocab_size": vocab,
+        "need_hard": need_parts,
+    }
     if group is None:
         row_losses = registry.select("linear_kd_loss", BACKENDS, student_hidden)
+        temporaries = 0
     else:
-        row_losses = partial(vocab_parallel.kd_loss_rows, group=group, vocab_offset=vocab_offset)
-    row_losses = partial(
-        row_losses,
-        divergence=canonical_divergence(divergence, beta),
-        beta=beta,
-        scale_t2=scale_t2,
-        alpha=alpha,
-        ignore_index=ignore_index,
-        vocab_size=vocab,
-        need_hard=need_parts,
-    )
-
-    rows = len(student.hidden)
+        row_losses, temporaries = vocab_parallel.kd_loss_rows, vocab_parallel.TEMPORARIES
+        options |= {"group": group, "vocab_offset": vocab_offset}
     # Ranks whose shards differ in size take the same chunks: they meet in each.
-    size = chunk_size or _chunk_rows(chunk_bytes, widest_shard, dtype, group is not None)
-    losses = torch.zeros(3, rows, dtype=wide, device=device)
-    for gradient in (hidden_gradient, bias_gradient):
-        if gradient is not None:
-            gradient.zero_()
-    size = max(1, min(size, rows))
-    student_buffer, teacher_buffer = (_buffer(size, vocab, wide, device) for _ in range(2))
-    # The gradient takes the place of the student's logits, unless they are still needed or it is
-    # narrower.
-    gradient_buffer = None
-    if gradients:
-        gradient_buffer = student_buffer if student.softcap is None else teacher_buffer
-        if dtype in HALF:
-            gradient_buffer = _buffer(size, vocab, dtype, device)
-
-    chunks = _chunks(rows, size, labels, ignore_index)
+    size = chunk_size or rows_within(chunk_bytes, widest_shard, dtype, temporaries)
     with torch.autocast(device.type, enabled=False):
-        for index, chunk in enumerate(chunks):
-            hidden = student.rows(chunk)
-            count = len(hidden)
-            student_logits = student.logits(hidden, student_buffer[:count])
-            teacher_logits = teacher.logits(teacher.rows(chunk), teacher_buffer[:count])
-            gradient = None if gradient_buffer is None else gradient_buffer[:count]
-            per_token = (
-                value[chunk] if isinstance(value, Tensor) and value.dim() > 0 else value
-                for value in (
-                    labels,
-                    token_weight,
-                    temperature,
-                    teacher_temperature,
-                    grad_scale,
-                )
-            )
-            losses[:, chunk] = row_losses(
-                student_logits[None],
-                teacher_logits[None],
-                *per_token,
-                None if gradient is None else gradient[None],
-            )
-            if gradient is None:
-                continue
-            if student.softcap is not None:
-                student.uncap(gradient, student_logits)
-            if hidden_gradient is not None:
-                hidden_gradient.view(student.hidden.shape)[chunk] = student.hidden_gradient(
-                    gradient
-                )
-            if weight_gradient is not None:
-                if labels is not None and device.type != "cpu":
-                    # A row that does not count has a gradient of 0, which a NaN must not meet.
-                    hidden = torch.where((labels[chunk] != ignore_index)[:, None], hidden, 0)
-                _multiply(gradient.T, hidden, weight_gradient[:vocab], accumulate=index > 0)
-            if bias_gradient is not None:
-                bias_gradient[:vocab] += gradient.sum(0, dtype=wide)
-    if weight_gradient is not None:
-        weight_gradient[vocab if chunks else 0 :] = 0
+        losses = _sweep(
+            student,
+            teacher,
+            (labels, token_weight, temperature, teacher_temperature, grad_scale.to(wide)),
+            gradients,
+            chunks_of(tokens.numel(), size, labels, ignore_index),
+            partial(row_losses, **options),
+            # On the CPU an ignored row is in no chunk.
+            None if labels is None or device.type == "cpu" else labels != ignore_index,
+        )
     if group is not None and hidden_gradient is not None:
         vocab_parallel.add_shards_(hidden_gradient, group)
     if headroom is not None:
-        for gradient in gradients:
+        for gradient in gradients.wanted():
             gradient.div_(headroom)
     return reduce(losses, share, tokens, need_parts)
+
+
+def _sweep(
+    student: Head,
+    teacher: Head,
+    per_token: tuple[float | Tensor | None, ...],
+    gradients: HeadGradients,
+    chunks: tuple[slice | Tensor, ...],
+    row_losses: Callable[..., Tensor],
+    counted: Tensor | None,
+) -> Tensor:
+    """Total, soft and hard of every row, `[3, rows]`, and the gradients that are wanted.
+
+    Args:
+        per_token: what `row_losses` takes beside the logits, each `[rows]` or one for all.
+        chunks: the rows of each chunk; rows in none have a loss of 0.
+        row_losses: of a chunk's logits, the gradient written where it is told.
+        counted: `[rows]`, False where a chunk holds a row that does not count; None if none does.
+    """
+    device, vocab, wide = student.hidden.device, len(student.weight), wide_dtype(student.dtype)
+    losses = torch.zeros(3, len(student.hidden), dtype=wide, device=device)
+    size = max((len(student.hidden[chunk]) for chunk in chunks), default=0)
+    student_buffer, teacher_buffer = (logits_buffer(size, vocab, wide, device) for _ in range(2))
+    # The gradient takes the place of the student's logits, unless they are still needed or it is
+    # narrower.
+    gradient_buffer = student_buffer if student.softcap is None else teacher_buffer
+    if gradients.wanted() and student.dtype in HALF:
+        gradient_buffer = logits_buffer(size, vocab, student.dtype, device)
+
+    for chunk in chunks:
+        rows = student.hidden[chunk].to(student.dtype)
+        logits = student.logits(rows, student_buffer[: len(rows)])
+        teacher_rows = teacher.hidden[chunk].to(teacher.dtype)
+        teacher_logits = teacher.logits(teacher_rows, teacher_buffer[: len(rows)])
+        gradient = gradient_buffer[None, : len(rows)] if gradients.wanted() else None
+        of_chunk = (
+            value[chunk] if isinstance(value, Tensor) and value.dim() > 0 else value
+            for value in per_token
+        )
+        losses[:, chunk] = row_losses(logits[None], teacher_logits[None], *of_chunk, gradient)
+        if gradient is None:
+            continue
+        if student.softcap is not None:
+            student.uncap(gradient[0], logits)
+        if counted is not None:
+            # A row that does not count has a gradient of 0, which a NaN must not meet.
+            rows = torch.where(counted[chunk, None], rows, 0)
+        gradients.add(student, chunk, rows, gradient[0])
+    gradients.finish()
+    return losses
 
 
 @torch.library.register_fake("kdfast::linear_kd_loss_forward", lib=registry.library)
@@ -416,7 +302,7 @@ class _LinearKDLoss(torch.autograd.Function):
 
 
 def _gradient_buffers(student: tuple, needed: tuple[bool, ...]) -> list[Tensor | None]:
-    wide = _wide(torch.promote_types(student[0].dtype, student[1].dtype))
+    wide = wide_dtype(student[0].dtype, student[1].dtype)
     return [
         fresh(*tensor.shape, dtype=wide, device=tensor.device) if need else None
         for tensor, need in zip(student, needed, strict=True)
@@ -574,7 +460,7 @@ def _prepared(
         "student_softcap": student[4],
         "teacher_softcap": teacher[4],
         "chunk_size": chunk_size,
-        "chunk_bytes": _chunk_bytes(device),
+        "chunk_bytes": chunk_budget(device),
         "autocast": autocast,
         "group": None,
         "vocab_offset": 0,

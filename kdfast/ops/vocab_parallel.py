@@ -16,6 +16,9 @@ from kdfast.ops.arguments import checked_vocab_size, values_are_checked
 from kdfast.ops.tokens import check_values
 from kdfast.reference import divergence_terms
 
+# How many tensors of the logits' size `kd_loss_rows` holds at once besides its arguments.
+TEMPORARIES = 8
+
 Prepared = tuple[tuple[Tensor | None, ...], tuple[bool, ...], dict[str, object]]
 
 
