@@ -293,7 +293,9 @@ def test_the_teacher_is_left_as_it_was(make_trainer, tmp_path):
         lambda module, *_: modes.append((module.training, torch.is_inference_mode_enabled()))
     )
     trainer.train()
-    assert modes == [(False, True)] * 2
+    # Twice for the two steps, and before that its output head is tried.
+    assert len(modes) > 2
+    assert set(modes) == {(False, True)}
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     saved = GPT2LMHeadModel.from_pretrained(tmp_path / "out" / "checkpoint-2")
@@ -399,7 +401,7 @@ def test_inputs_that_one_model_alone_takes(make_trainer):
         {**row, "token_type_ids": torch.ones(LENGTH, dtype=torch.long)} for row in token_rows(4)
     ]
     make_trainer(student, teacher, rows, max_steps=1).train()
-    by_teacher, by_student = seen
+    by_teacher, by_student = seen[-2:]
     assert "token_type_ids" in by_teacher
     assert "token_type_ids" not in by_student
 
@@ -471,7 +473,7 @@ def test_classes_must_agree(make_trainer):
 
 
 def test_half_precision_student_saves_no_inference_tensor(make_trainer):
-    trainer = make_trainer(gpt2(8).half(), gpt2(16))
+    trainer = make_trainer(gpt2(8).half(), gpt2(16), options={"fuse_head": False})
     loss = trainer.compute_loss(trainer.model, default_data_collator(token_rows(2)))
     loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in trainer.model.parameters())
@@ -510,7 +512,11 @@ def test_overwritten_logits_give_the_same_gradients(make_trainer, family):
                 copy.deepcopy(student),
                 teacher,
                 rows,
-                options={"overwrite_student_logits": overwrite, "shift_labels": True},
+                options={
+                    "fuse_head": False,
+                    "overwrite_student_logits": overwrite,
+                    "shift_labels": True,
+                },
                 max_steps=1,
             )
         )

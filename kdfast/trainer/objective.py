@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kdfast.ops.arguments import check_choice, check_number
 from kdfast.ops.kd_loss import kd_loss
+from kdfast.ops.linear_kd_loss import linear_kd_loss
 from kdfast.reference import DIVERGENCES
 
 
@@ -117,25 +118,77 @@ class Objective:
             without its weight and without T²; `hard_loss` is the cross entropy without its weight,
             absent without labels.
         """
-        soft, hard = self._term(Logits), self._term(HardLabels)
-        # One sweep serves both terms: it takes weights that sum to 1.
-        weight = soft.weight + (0.0 if hard is None else hard.weight)
-        total, soft_loss, hard_loss = kd_loss(
+        parts = kd_loss(
             student_logits,
             teacher_logits,
             labels,
-            divergence=soft.divergence,
-            beta=soft.beta,
-            temperature=soft.temperature,
-            teacher_temperature=soft.teacher_temperature,
-            scale_t2=soft.scale_t2,
-            alpha=soft.weight / weight,
             vocab_size=vocab_size,
             num_items=num_items,
-            return_parts=True,
             overwrite_student_logits=overwrite_student_logits,
+            **self._keywords(),
         )
+        return self._weighted(parts, labels)
+
+    def from_hidden(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        labels: Tensor | None = None,
+        *,
+        num_items: float | Tensor | None = None,
+        vocab_size: int | None = None,
+        **heads: Tensor | float | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same of logits that never exist, as in `kdfast.linear_kd_loss`.
+
+        Args:
+            student_hidden, student_weight: `[..., H_s]` and `[V_s, H_s]`. Gradients flow here, and
+                to `student_bias`.
+            teacher_hidden, teacher_weight: `[..., H_t]` and `[V_t, H_t]`.
+            labels, num_items: as for a call.
+            vocab_size: the rows of the weights that exist on both sides.
+            **heads: `student_bias`, `student_logit_scale`, `student_softcap`, and the teacher's.
+
+        Returns:
+            `(total, terms)`, as of a call.
+        """
+        parts = linear_kd_loss(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            labels,
+            vocab_size=vocab_size,
+            num_items=num_items,
+            **heads,
+            **self._keywords(),
+        )
+        return self._weighted(parts, labels)
+
+    @property
+    def _weight(self) -> float:
+        return sum(term.weight for term in self.terms)
+
+    def _keywords(self) -> dict[str, object]:
+        soft = self._term(Logits)
+        return {
+            "divergence": soft.divergence,
+            "beta": soft.beta,
+            "temperature": soft.temperature,
+            "teacher_temperature": soft.teacher_temperature,
+            "scale_t2": soft.scale_t2,
+            # One sweep serves both terms: it takes weights that sum to 1.
+            "alpha": soft.weight / self._weight,
+            "return_parts": True,
+        }
+
+    def _weighted(
+        self, parts: tuple[Tensor, Tensor, Tensor], labels: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        total, soft_loss, hard_loss = parts
         terms = {"soft_loss": soft_loss}
         if labels is not None:
             terms["hard_loss"] = hard_loss
-        return weight * total, terms
+        return self._weight * total, terms

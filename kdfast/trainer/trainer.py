@@ -1,7 +1,8 @@
 """`transformers.Trainer` with a teacher."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from kdfast.trainer.head import OutputHead, UnknownHead, find_head, is_compiled, output_embeddings
 from kdfast.trainer.objective import Objective
 from kdfast.trainer.recipes import hinton
 from kdfast.trainer.vocabulary import check_same_vocabulary
@@ -32,6 +34,12 @@ class DistillationTrainer(Trainer):
     under inference mode. It is neither wrapped nor saved. Inputs that only one of the two models
     names go to that one alone.
 
+    Training steps of language models build no logits: the loss is computed in the place of the
+    student's output head, by `kdfast.linear_kd_loss`. Both models have to end in a plain
+    `nn.Linear`, with nothing behind it but a scale or a soft cap that their configurations name;
+    where they do not, a warning says so once, and `kdfast.kd_loss` takes their logits. Evaluation
+    always has logits.
+
     Args:
         *args, **kwargs: as for `transformers.Trainer`; `model` is the student.
         teacher: maps the batch to logits of the student's shape; a wider or narrower vocabulary is
@@ -42,9 +50,11 @@ class DistillationTrainer(Trainer):
         shift_labels: whether position i's logits predict label i + 1. None decides by the student's
             class: causal language models do.
         teacher_tokenizer: to be compared with `processing_class`, the student's tokenizer.
-        overwrite_student_logits: let the gradient take the logits' storage in training steps, as in
-            `kdfast.kd_loss`. A student whose own backward pass needs its logits (one that ends in a
-            tanh, say) then fails with autograd's error about an in-place operation.
+        fuse_head: whether training steps do without logits, as above.
+        overwrite_student_logits: where there are logits, let the gradient take their storage in
+            training steps, as in `kdfast.kd_loss`. A student whose own backward pass needs its
+            logits (one that ends in a tanh, say) then fails with autograd's error about an in-place
+            operation.
 
     Raises:
         TypeError, ValueError: a teacher that is the student, tokenizers that differ, an argument of
@@ -68,6 +78,7 @@ class DistillationTrainer(Trainer):
         vocab_size: int | None = None,
         shift_labels: bool | None = None,
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        fuse_head: bool = True,
         overwrite_student_logits: bool = False,
         **kwargs: object,
     ) -> None:
@@ -82,6 +93,7 @@ class DistillationTrainer(Trainer):
         self.teacher = teacher.eval().requires_grad_(False)
         self.objective = hinton().objective if objective is None else objective
         self.vocab_size = vocab_size
+        self.fuse_head = fuse_head
         self.overwrite_student_logits = overwrite_student_logits
 
         student = _without_adapter(self.model)
@@ -99,6 +111,9 @@ class DistillationTrainer(Trainer):
         self._teacher_only = teacher_names - student_names
         self._teacher_options = {"use_cache": False} if "use_cache" in teacher_names else {}
 
+        # What was found out about the output heads, and of which student.
+        self._heads: tuple[OutputHead, OutputHead] | None = None
+        self._heads_of: nn.Module | None = None
         self._terms: dict[str, Tensor] = {}
         self._term_sums: dict[str, Tensor] = {}
         self._summed_since = 0
@@ -132,11 +147,50 @@ class DistillationTrainer(Trainer):
         # models return logits.
         inputs.pop("skip_logits", None)
         labels = self._pop_labels(inputs)
-        with torch.inference_mode():
-            teacher_inputs = {k: v for k, v in inputs.items() if k not in self._student_only}
-            teacher_logits = _logits(self.teacher(**teacher_inputs, **self._teacher_options))
-        outputs = model(**{k: v for k, v in inputs.items() if k not in self._teacher_only})
-        student_logits = _logits(outputs)
+        student_inputs = {k: v for k, v in inputs.items() if k not in self._teacher_only}
+        teacher_inputs = {k: v for k, v in inputs.items() if k not in self._student_only}
+        teacher_inputs |= self._teacher_options
+        num_items = self._divisor(num_items_in_batch)
+
+        heads = None
+        # A class per sequence makes no logits worth avoiding.
+        if self.fuse_head and model.training and not return_outputs and _is_per_token(labels):
+            heads = self._output_heads(model, student_inputs, teacher_inputs)
+        if heads is None:
+            with torch.inference_mode():
+                teacher_logits = _logits(self.teacher(**teacher_inputs))
+            outputs = model(**student_inputs)
+            loss, self._terms = self._of_logits(
+                _logits(outputs),
+                teacher_logits,
+                labels,
+                num_items,
+                overwrite=self.overwrite_student_logits and model.training and not return_outputs,
+            )
+        else:
+            loss, self._terms = self._of_hidden(
+                heads, model, student_inputs, teacher_inputs, labels, num_items
+            )
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The divisor counted the tokens of every process, and the processes' gradients are
+            # averaged.
+            processes = self.accelerator.num_processes // self.get_tp_size()
+            loss = loss * processes
+            self._terms = {name: term * processes for name, term in self._terms.items()}
+        if not return_outputs:
+            return loss
+        # Trainer takes a tuple's first entry for the loss, which the student was not asked for.
+        return loss, outputs if isinstance(outputs, dict) else (loss, *outputs)
+
+    def _of_logits(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor | None,
+        num_items: Tensor | None,
+        *,
+        overwrite: bool,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         if student_logits.dtype == torch.float16:
             # kd_loss keeps float16 inputs for the backward pass, and autograd saves no inference
             # tensor.
@@ -149,26 +203,98 @@ class DistillationTrainer(Trainer):
                 if self.objective.needs_labels
                 else f"the batch has no labels: they say which tokens count ({IGNORE_INDEX}: not)"
             )
-        loss, self._terms = self.objective(
+        widths = student_logits.shape[-1], teacher_logits.shape[-1]
+        return self.objective(
             student_logits,
             teacher_logits,
             labels,
-            num_items=self._divisor(num_items_in_batch),
-            vocab_size=self._shared_vocab_size(student_logits, teacher_logits),
-            overwrite_student_logits=self.overwrite_student_logits
-            and model.training
-            and not return_outputs,
+            num_items=num_items,
+            vocab_size=self._shared_vocab_size(*widths, per_token=per_token),
+            overwrite_student_logits=overwrite,
         )
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # The divisor counted the tokens of every process, and the processes' gradients are
-            # averaged.
-            processes = self.accelerator.num_processes // self.get_tp_size()
-            loss = loss * processes
-            self._terms = {name: term * processes for name, term in self._terms.items()}
-        if not return_outputs:
+
+    def _of_hidden(
+        self,
+        heads: tuple[OutputHead, OutputHead],
+        model: nn.Module,
+        student_inputs: dict[str, object],
+        teacher_inputs: dict[str, object],
+        labels: Tensor,
+        num_items: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        student, teacher = heads
+        terms = {}
+        with torch.inference_mode():
+            teacher_hidden = teacher.hidden_states(lambda: self.teacher(**teacher_inputs))
+
+        def loss_of(student_hidden: Tensor) -> Tensor:
+            # The weights are whole here, whatever shards them outside of their model's forward.
+            widths = len(student.linear.weight), len(teacher.linear.weight)
+            loss, found = self.objective.from_hidden(
+                student_hidden,
+                student.linear.weight,
+                teacher_hidden,
+                teacher.linear.weight,
+                labels,
+                num_items=num_items,
+                vocab_size=self._shared_vocab_size(*widths, per_token=True),
+                student_bias=student.linear.bias,
+                teacher_bias=teacher.linear.bias,
+                student_logit_scale=student.logit_scale,
+                teacher_logit_scale=teacher.logit_scale,
+                student_softcap=student.softcap,
+                teacher_softcap=teacher.softcap,
+            )
+            terms.update(found)
             return loss
-        # Trainer takes a tuple's first entry for the loss, which the student was not asked for.
-        return loss, outputs if isinstance(outputs, dict) else (loss, *outputs)
+
+        return student.loss(self._unwrapped(model), lambda: model(**student_inputs), loss_of), terms
+
+    def _unwrapped(self, model: nn.Module) -> nn.Module:
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
+    def _output_heads(
+        self, model: nn.Module, student_inputs: dict[str, object], teacher_inputs: dict[str, object]
+    ) -> tuple[OutputHead, OutputHead] | None:
+        """The student's and the teacher's; None where steps have to build logits."""
+        student = self._unwrapped(model)
+        if self._heads_of is not student:
+            self._heads = self._find_heads(model, student_inputs, teacher_inputs)
+            self._heads_of = student
+        return self._heads
+
+    def _find_heads(
+        self, model: nn.Module, student_inputs: dict[str, object], teacher_inputs: dict[str, object]
+    ) -> tuple[OutputHead, OutputHead] | None:
+        # Nothing is said of a student that never had one: it need not be a language model.
+        if output_embeddings(_without_adapter(self._unwrapped(model))) is None:
+            return None
+        found = []
+        for owner, wrapped, inputs, mode in (
+            ("student", model, student_inputs, torch.no_grad()),
+            ("teacher", self.teacher, teacher_inputs, torch.inference_mode()),
+        ):
+            try:
+                with mode:
+                    found.append(self._find_head(wrapped, inputs))
+            except UnknownHead as reason:
+                name = type(_without_adapter(self._unwrapped(wrapped))).__name__
+                logger.warning_once(
+                    f"Training steps build logits, because the {owner} ({name}) {reason}. "
+                    "With fuse_head=False they do so without this warning."
+                )
+                return None
+        return tuple(found)
+
+    def _find_head(self, model: nn.Module, inputs: dict[str, object]) -> OutputHead:
+        inner = _without_adapter(self._unwrapped(model))
+        if isinstance(model, nn.DataParallel):
+            raise UnknownHead("runs in copies, under nn.DataParallel")
+        if is_compiled(model, output_embeddings(inner)):
+            raise UnknownHead("is compiled")
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with _eval_mode(model), torch.random.fork_rng(devices):
+            return find_head(inner, lambda: _logits(model(**inputs)))
 
     def _pop_labels(self, inputs: dict[str, Tensor]) -> Tensor | None:
         """The labels, aligned with the logits that predict them."""
@@ -188,18 +314,22 @@ class DistillationTrainer(Trainer):
             num_items = num_items * self.args.n_gpu
         return num_items
 
-    def _shared_vocab_size(self, student_logits: Tensor, teacher_logits: Tensor) -> int | None:
-        widths = student_logits.shape[-1], teacher_logits.shape[-1]
-        if self.vocab_size is not None or widths[0] == widths[1]:
+    def _shared_vocab_size(
+        self, student_width: int, teacher_width: int, *, per_token: bool
+    ) -> int | None:
+        if self.vocab_size is not None or student_width == teacher_width:
             return self.vocab_size
-        if student_logits.dim() <= 2:
-            raise ValueError(f"the student has {widths[0]} classes and the teacher {widths[1]}")
+        if not per_token:
+            raise ValueError(
+                f"the student has {student_width} classes and the teacher {teacher_width}"
+            )
+        narrower = min(student_width, teacher_width)
         logger.warning_once(
-            f"The student's logits have {widths[0]} columns and the teacher's {widths[1]}: "
-            f"the first {min(widths)} are taken for the same tokens, and the others for padding. "
-            "Pass vocab_size to say so yourself."
+            f"The student's logits have {student_width} columns and the teacher's "
+            f"{teacher_width}: the first {narrower} are taken for the same tokens, and the others "
+            "for padding. Pass vocab_size to say so yourself."
         )
-        return min(widths)
+        return narrower
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None = None
@@ -263,6 +393,22 @@ class DistillationTrainer(Trainer):
 def _without_adapter(model: nn.Module) -> nn.Module:
     """The model inside a PEFT wrapper, whose own forward names no argument."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and afterwards each in its own."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _is_per_token(labels: Tensor | None) -> bool:
+    return labels is not None and labels.dim() > 1
 
 
 def _is_causal(model: nn.Module) -> bool:
