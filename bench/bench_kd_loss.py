@@ -5,15 +5,14 @@ is set to None before the round, untimed, as an optimizer's zero_grad does.
 """
 
 import functools
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 import measure
-import pytest
 import torch
+from kd_loss_peers import BY_HAND, KDFAST, OVERWRITING, members_of
 from measure import Trial
-from peers import BY_HAND, KDFAST, OVERWRITING, Case, Member, members_of
+from peers import Case, Member
 from torch import Tensor
 
 from kdfast import reference
@@ -138,7 +137,7 @@ def trial_of(case: Case, member: Member) -> Trial:
             expected += case.temperature**2 * problem.teacher_entropy
         found = {"loss": abs(result.item() - expected) / abs(expected)}
         if case.backward:
-            found["gradient"] = _relative_distance(student.grad, problem.gradient)
+            found["gradient"] = measure.relative_distance(student.grad, problem.gradient)
         return found
 
     terms = ("loss", "gradient") if case.backward else ("loss",)
@@ -153,15 +152,7 @@ def trial_of(case: Case, member: Member) -> Trial:
     )
 
 
-def _relative_distance(found: Tensor, expected: Tensor) -> float:
-    squared_distance = squared_norm = 0.0
-    for f, e in zip(found.split(64), expected.split(64), strict=True):
-        squared_distance += (f.double() - e).square().sum().item()
-        squared_norm += e.double().square().sum().item()
-    return math.sqrt(squared_distance / squared_norm)
-
-
-def _groups(device: str, shapes: list[tuple]) -> Iterator[tuple[str, str, Case, Member]]:
+def groups(device: str, shapes: list[tuple]) -> Iterator[tuple[str, str, Case, Member]]:
     """Each group's name, a member's name in it, what is computed and who computes it."""
     for shape in shapes:
         case = Case(*shape, device=device)
@@ -180,22 +171,6 @@ def _groups(device: str, shapes: list[tuple]) -> Iterator[tuple[str, str, Case, 
     for divergence in reference.DIVERGENCES:
         variant = replace(case, divergence=divergence)
         yield f"kd_loss {case.shape}, divergences", divergence, variant, KDFAST
-
-
-def _parsed(shape: str) -> tuple[int, int, str]:
-    size, _, dtype = shape.partition(":")
-    rows, _, vocab = size.partition("x")
-    return int(rows), int(vocab), dtype
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    device = metafunc.config.getoption("--device")
-    chosen = metafunc.config.getoption("--shape")
-    shapes = [_parsed(shape) for shape in chosen] if chosen else SHAPES[device]
-    entries = list(_groups(device, shapes))
-    # What `pytest -k` can be given: letters, digits and words.
-    ids = [f"{group}: {name}".replace("×", "x") for group, name, *_ in entries]
-    metafunc.parametrize(("group", "name", "case", "member"), entries, ids=ids)
 
 
 def test_kd_loss(group: str, name: str, case: Case, member: Member, measured) -> None:

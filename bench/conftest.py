@@ -27,15 +27,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--shape",
         action="append",
-        metavar="ROWSxVOCAB:DTYPE",
-        help="measure this shape instead of the suite's, e.g. 512x50257:bfloat16; repeatable",
+        type=_shape,
+        metavar="SIZES:DTYPE",
+        help="measure this shape instead of the suites' own, repeatable: 512x50257:bfloat16 (rows, "
+        "vocabulary) for kd_loss, 512x384x768x30522:float32 (the models' widths between them) for "
+        "linear_kd_loss; a suite that no shape fits is skipped",
     )
+
+
+def _shape(text: str) -> tuple:
+    """`512x50257:bfloat16` as (512, 50257, "bfloat16"), the way a suite's SHAPES has it."""
+    sizes, dtype = text.split(":")
+    return *map(int, sizes.split("x")), dtype
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.absent = {}
     if threads := config.getoption("--threads"):
         torch.set_num_threads(threads)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each member of each of a suite's `groups`, on its SHAPES or the chosen ones."""
+    device = metafunc.config.getoption("--device")
+    shapes = metafunc.module.SHAPES[device]
+    if chosen := metafunc.config.getoption("--shape"):
+        shapes = [shape for shape in chosen if len(shape) == len(shapes[0])]
+    entries = list(metafunc.module.groups(device, shapes)) if shapes else []
+    # What `pytest -k` can be given: letters, digits and words.
+    ids = [f"{group}: {name}".replace("×", "x") for group, name, *_ in entries]
+    metafunc.parametrize(("group", "name", "case", "member"), entries, ids=ids)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -136,6 +157,8 @@ def measured(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
             "errors": dict(errors),
             "bytes_moved": trial.bytes_moved,
             "peak_bytes": peak_bytes,
+            "gradient_bytes": trial.gradient_bytes,
+            "operations": trial.operations,
             "copy_bytes_per_second": copy_rate,
         }
         if benchmark.enabled:

@@ -8,6 +8,7 @@ that a peak is counted from.
 import ctypes
 import gc
 import importlib.util
+import math
 import os
 import statistics
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 Step = Callable[[], object]
 
@@ -35,6 +37,8 @@ class Trial:
         tolerances: the largest error of each that is still agreement.
         bytes_moved: what every implementation has to read and write, however it works.
         about: the parameters of the work, to be kept with its measurement.
+        gradient_bytes: what of the step's memory is the gradients that it returns.
+        operations: floating-point operations of the matrix products that it cannot do without.
     """
 
     step: Step
@@ -43,10 +47,21 @@ class Trial:
     tolerances: Mapping[str, float]
     bytes_moved: int
     about: Mapping[str, object]
+    gradient_bytes: int = 0
+    operations: int = 0
 
     def wrong(self, errors: Mapping[str, float]) -> list[str]:
         """The results that disagree with the reference. A NaN does: it compares as False."""
         return [name for name, most in self.tolerances.items() if not errors[name] <= most]
+
+
+def relative_distance(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖, in float64, a few rows at a time."""
+    squared_distance = squared_norm = 0.0
+    for f, e in zip(found.split(64), expected.split(64), strict=True):
+        squared_distance += (f.double() - e).square().sum().item()
+        squared_norm += e.double().square().sum().item()
+    return math.sqrt(squared_distance / squared_norm)
 
 
 def synchronize() -> None:

@@ -1,11 +1,8 @@
-"""Who is measured against kdfast: what people write by hand, and the libraries that do the same.
+"""Who is measured against kdfast, and on what: what the members of every operation have in common.
 
-Every member maps `(student_logits, teacher_logits, labels)` to one definition of the loss,
-
-    mean over rows of  alpha · T² · D(p, q) + (1 − alpha) · CE(softmax(s), label),
-
-from the same logits. Where a library's definition differs, its adapter makes up the difference as a
-user of that library would, and says so.
+An operation's members stand in OPERATION_peers.py, hand-written code and other libraries alike. All
+members of a case compute one definition from the same inputs. Where a library's definition differs,
+its adapter makes up the difference as a user of that library would, and says so.
 """
 
 import contextlib
@@ -13,17 +10,17 @@ import importlib
 import importlib.metadata
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import kdfast
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Of a case's inputs, labels last.
+Loss = Callable[..., Tensor]
 
 PACKAGES = ("torch", "triton", "liger-kernel", "trl", "textbrewer", "speculators")
 
@@ -63,10 +60,12 @@ class Member:
     # The gradient lands in the storage of the logits, which must be written anew for each round.
     overwrites_student: bool = False
     # It computes in the dtype of its input: too coarse for half precision, where it is measured as
-    # it is and once more on logits taken to float32.
+    # it is and once more on inputs taken to float32.
     computes_in_input_dtype: bool = False
     upcasts: bool = False
     compiled: bool = False
+    # A part of the work that nobody can leave out: a bound to compare with, and no loss.
+    is_ceiling: bool = False
 
     def build(self, case: Case) -> Loss:
         loss = self.write(case)
@@ -81,10 +80,25 @@ class Absent(Exception):
 
 
 def _upcasting(loss: Loss) -> Loss:
-    return lambda student, teacher, labels: loss(student.float(), teacher.float(), labels)
+    def upcasting(*inputs: Tensor) -> Tensor:
+        *inputs, labels = inputs
+        return loss(*(tensor.float() for tensor in inputs), labels)
+
+    return upcasting
 
 
-def _imported(module: str, package: str) -> ModuleType:
+def in_both_precisions(members: Iterable[Member], case: Case) -> tuple[Member, ...]:
+    """The members, and once more upcast those that need it for the case's dtype."""
+    found = []
+    for member in members:
+        found.append(member)
+        if member.computes_in_input_dtype and case.torch_dtype.itemsize < 4:
+            found.append(replace(member, name=f"{member.name} float32", upcasts=True))
+    return tuple(found)
+
+
+def imported(module: str, package: str) -> ModuleType:
+    """A peer's module; `Absent` where it is not installed or does not import."""
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         raise Absent(f"{package} is not installed")
     try:
@@ -95,173 +109,16 @@ def _imported(module: str, package: str) -> ModuleType:
         raise Absent(f"{package} does not import: {error}") from error
 
 
-def _only(case: Case, **served: object) -> None:
+def only(case: Case, **served: object) -> None:
+    """Refuse a case that differs from what a member serves."""
     for field, value in served.items():
         if getattr(case, field) != value:
             raise Absent(f"serves {field}={value} alone")
 
 
-def _needs_cuda(case: Case) -> None:
+def needs_cuda(case: Case) -> None:
     if case.device != "cuda":
         raise Absent("its Triton kernels need a CUDA device")
-
-
-def kdfast_loss(case: Case, *, overwrite: bool = False) -> Loss:
-    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        return kdfast.kd_loss(
-            student,
-            teacher,
-            labels if case.alpha < 1 else None,
-            divergence=case.divergence,
-            beta=case.beta,
-            temperature=case.temperature,
-            alpha=case.alpha,
-            overwrite_student_logits=overwrite,
-        )
-
-    return loss
-
-
-def eager_loss(case: Case, *, log_target: bool = False) -> Loss:
-    """The lines that torch's documentation of KLDivLoss, DistilBERT and most trainers contain.
-
-    Half-precision logits are taken to float32 first: without that the gradient is off by percents.
-    `log_target` passes the teacher's log-probabilities instead, which fewer people write.
-    """
-    _only(case, divergence="forward_kl")
-    temperature, alpha = case.temperature, case.alpha
-    teacher_side = F.log_softmax if log_target else F.softmax
-
-    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        soft = F.kl_div(
-            F.log_softmax(student.float() / temperature, dim=-1),
-            teacher_side(teacher.float() / temperature, dim=-1),
-            reduction="batchmean",
-            log_target=log_target,
-        )
-        total = alpha * temperature**2 * soft
-        if alpha < 1:
-            total = total + (1 - alpha) * F.cross_entropy(student.float(), labels)
-        return total
-
-    return loss
-
-
-def trl_loss(case: Case) -> Loss:
-    """TRL's generalised JSD, forward KL at beta=0. It has no T²: a factor on the scalar here."""
-    _only(case, divergence="forward_kl", alpha=1.0)
-    trainer = _imported("trl.experimental.gkd.gkd_trainer", "trl").GKDTrainer
-    temperature = case.temperature
-
-    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        divergence = trainer.generalized_jsd_loss(
-            student, teacher, beta=0.0, temperature=temperature
-        )
-        return divergence * temperature**2
-
-    return loss
-
-
-def liger_chunked_loss(case: Case) -> Loss:
-    """The inner function of Liger's chunked distillation, which Liger compiles by default.
-
-    Liger applies the temperature to the logits before this function and divides its sum by the
-    number of tokens after it, as is done here; T² it does not have.
-    """
-    _only(case, divergence="forward_kl", alpha=1.0)
-    function = _imported("liger_kernel.chunked_loss.jsd_loss", "liger-kernel")
-    divergence_sum = function.LigerFusedLinearJSDFunction.distillation_loss_fn
-    temperature = case.temperature
-
-    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        total = divergence_sum(student / temperature, teacher / temperature, beta=0.0)
-        return total / student.shape[0] * temperature**2
-
-    return loss
-
-
-def textbrewer_loss(case: Case) -> Loss:
-    """TextBrewer's soft cross-entropy; it has no T²."""
-    _only(case, divergence="forward_kl", alpha=1.0)
-    kd_ce_loss = _imported("textbrewer.losses", "textbrewer").kd_ce_loss
-    temperature = case.temperature
-
-    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        return kd_ce_loss(student, teacher, temperature) * temperature**2
-
-    return loss
-
-
-def liger_kl_div_loss(case: Case) -> Loss:
-    """Liger's Triton KL takes log-probabilities: temperature and softmax are the caller's."""
-    _needs_cuda(case)
-    _only(case, divergence="forward_kl", alpha=1.0)
-    module = _imported("liger_kernel.transformers", "liger-kernel")
-    kl_div = module.LigerKLDIVLoss(reduction="batchmean", log_target=True)
-    return _of_log_probabilities(case, kl_div)
-
-
-def liger_jsd_loss(case: Case) -> Loss:
-    """Liger's Triton JSD, forward KL at beta=0, from log-probabilities too."""
-    _needs_cuda(case)
-    _only(case, divergence="forward_kl", alpha=1.0)
-    module = _imported("liger_kernel.transformers", "liger-kernel")
-    return _of_log_probabilities(case, module.LigerJSD(beta=0.0))
-
-
-def _of_log_probabilities(case: Case, divergence: Callable[[Tensor, Tensor], Tensor]) -> Loss:
-    temperature = case.temperature
-
-    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        log_q = F.log_softmax(student / temperature, dim=-1, dtype=torch.float32)
-        log_p = F.log_softmax(teacher / temperature, dim=-1, dtype=torch.float32)
-        return divergence(log_q, log_p) * temperature**2
-
-    return loss
-
-
-def speculators_loss(case: Case) -> Loss:
-    """speculators' Triton KL of `[batch, tokens, V]`, per token and without a temperature."""
-    _needs_cuda(case)
-    _only(case, divergence="forward_kl", alpha=1.0)
-    kl_div = _imported("speculators.losses.fused", "speculators").fused_kl_div_loss
-    temperature = case.temperature
-
-    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        per_token = kl_div((student / temperature)[None], (teacher / temperature)[None])
-        return per_token.mean() * temperature**2
-
-    return loss
-
-
-KDFAST = Member("kdfast", kdfast_loss)
-OVERWRITING = Member(
-    "kdfast overwrite", lambda case: kdfast_loss(case, overwrite=True), overwrites_student=True
-)
-BY_HAND = (
-    Member("eager", eager_loss),
-    Member("eager log-target", lambda case: eager_loss(case, log_target=True)),
-    Member("compile", eager_loss, compiled=True),
-    Member("compile log-target", lambda case: eager_loss(case, log_target=True), compiled=True),
-)
-PEERS = (
-    Member("trl", trl_loss, computes_in_input_dtype=True),
-    Member("liger chunked", liger_chunked_loss, computes_in_input_dtype=True, compiled=True),
-    Member("textbrewer", textbrewer_loss, adds_teacher_entropy=True, computes_in_input_dtype=True),
-    Member("liger kl_div", liger_kl_div_loss),
-    Member("liger jsd", liger_jsd_loss),
-    Member("speculators", speculators_loss),
-)
-
-
-def members_of(case: Case) -> tuple[Member, ...]:
-    """Everyone who takes part in a case; some of the peers twice, as they are and upcast."""
-    peers = []
-    for peer in PEERS:
-        peers.append(peer)
-        if peer.computes_in_input_dtype and case.torch_dtype.itemsize < 4:
-            peers.append(replace(peer, name=f"{peer.name} float32", upcasts=True))
-    return (KDFAST, *BY_HAND, *peers)
 
 
 def versions() -> dict[str, str]:

@@ -2,15 +2,19 @@
 
     pytest bench --benchmark-json=run.json && python bench/report.py run.json
 
-prints the tables as Markdown, keeps the reduced numbers as bench/results/DEVICE.json and draws
-docs/OPERATION-DEVICE-{light,dark}.svg. It reads a kept file as well as a run's, so that what is
-shown can be made again from what is kept. Exits with 1 if a result of kdfast itself is wrong.
+prints the tables as Markdown, keeps the reduced numbers in bench/results/DEVICE.json and draws
+docs/OPERATION-DEVICE-{light,dark}.svg. What is kept of an operation is its last run, with that
+run's date and versions; the operations that a run did not measure stay as they were. It reads a
+kept file as well as a run's, so that what is shown can be made again from what is kept. Exits with
+1 if a result of kdfast itself is wrong.
 """
 
 import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +23,45 @@ ROOT = Path(__file__).parents[1]
 # A member's entry in the table, in the kept file and in the plot.
 Measurement = dict[str, Any]
 Groups = dict[str, list[Measurement]]
+# Facts, date, absent members and measurements; by operation.
+Run = dict[str, Any]
+Runs = dict[str, Run]
 
 MIB = 2**20
 
 
-def load(path: Path) -> dict[str, Any]:
-    """What was measured, from pytest-benchmark's JSON or from a kept file; {} if nothing was."""
+def operation_of(group: str) -> str:
+    return group.split()[0]
+
+
+def load(path: Path) -> Runs:
+    """What was measured of each operation, from pytest-benchmark's JSON or from a kept file."""
     # pytest-benchmark writes no file after a run that measured nothing.
     if not path.exists():
         return {}
     run = json.loads(path.read_text())
-    if "measurements" in run:
+    if "benchmarks" not in run:
         return run
-    return {
-        "facts": run["facts"],
-        "date": run["datetime"][:10],
-        "absent": run["absent"],
-        "measurements": [
-            {
-                "group": entry["group"],
-                **entry["extra_info"],
-                "seconds": entry["stats"]["median"],
-                "iqr_seconds": entry["stats"]["iqr"],
-                "rounds": entry["stats"]["rounds"],
+    runs: Runs = {}
+    for entry in run["benchmarks"]:
+        operation = operation_of(entry["group"])
+        if operation not in runs:
+            absent = {g: who for g, who in run["absent"].items() if operation_of(g) == operation}
+            runs[operation] = {
+                "facts": run["facts"],
+                "date": run["datetime"][:10],
+                "absent": absent,
+                "measurements": [],
             }
-            for entry in run["benchmarks"]
-        ],
-    }
+        measurement = {
+            "group": entry["group"],
+            **entry["extra_info"],
+            "seconds": entry["stats"]["median"],
+            "iqr_seconds": entry["stats"]["iqr"],
+            "rounds": entry["stats"]["rounds"],
+        }
+        runs[operation]["measurements"].append(measurement)
+    return runs
 
 
 def device_slug(facts: dict[str, Any]) -> str:
@@ -56,12 +72,21 @@ def device_slug(facts: dict[str, Any]) -> str:
 
 
 def grouped(measurements: list[Measurement]) -> Groups:
-    """By group, in the order measured, each member with its time relative to the group's first."""
+    """By group, in the order measured, each member with its time relative to the group's first.
+
+    In a group with a ceiling also relative to that.
+    """
     groups: Groups = {}
     for entry in measurements:
-        members = groups.setdefault(entry["group"], [])
-        baseline = members[0] if members else entry
-        members.append(entry | {"relative": entry["seconds"] / baseline["seconds"]})
+        groups.setdefault(entry["group"], []).append(entry)
+    for group, members in groups.items():
+        ceiling = next((entry for entry in members if _is_ceiling(entry)), None)
+        groups[group] = [
+            entry
+            | {"relative": entry["seconds"] / members[0]["seconds"]}
+            | ({"of_ceiling": entry["seconds"] / ceiling["seconds"]} if ceiling else {})
+            for entry in members
+        ]
     return groups
 
 
@@ -85,65 +110,143 @@ def _is_peer(entry: Measurement) -> bool:
     return not entry["member"].startswith(("kdfast", "eager", "compile"))
 
 
-def summary(groups: Groups) -> str:
+def _is_ceiling(entry: Measurement) -> bool:
+    return entry.get("is_ceiling", False)
+
+
+def _fastest(members: list[Measurement], family: str = "") -> Measurement | None:
+    """The fastest right one of the members whose names begin with `family`, or else a wrong one."""
+    found = [entry for entry in members if entry["member"].startswith(family)]
+    return min(found, key=lambda entry: (bool(entry["wrong"]), entry["seconds"]), default=None)
+
+
+def _cell(entry: Measurement | None, name: str = "", decimals: int = 1) -> str:
+    if entry is None:
+        return "–"
+    if entry["wrong"]:
+        return "wrong"
+    return f"{name}{_milliseconds(entry['seconds'])} ({entry['relative']:.{decimals}f}×)"
+
+
+def _mebibytes(entry: Measurement, *, gradients: bool) -> str:
+    size = entry["peak_bytes"] - (0 if gradients else entry["gradient_bytes"])
+    return f"{size / MIB:.0f}"
+
+
+def _kd_loss_summary(members: list[Measurement]) -> list[str]:
+    fused, eager = _of(members, "kdfast"), _of(members, "eager")
+    peer = _fastest([entry for entry in members if _is_peer(entry) and not entry["wrong"]])
+    return [
+        _cell(eager),
+        _cell(_of(members, "compile")),
+        _cell(peer, peer["member"] + " " if peer else ""),
+        f"{fused['bytes_per_second'] / 1e9:.1f} GB/s",
+        f"{fused['share_of_copy']:.0%}",
+        f"{_mebibytes(fused, gradients=True)} / {_mebibytes(eager, gradients=True)} MiB",
+    ]
+
+
+def _kd_loss_details(entry: Measurement) -> list[str]:
+    return [
+        f"{entry['bytes_per_second'] / 1e9:.1f}",
+        f"{entry['share_of_copy']:.0%}",
+        _mebibytes(entry, gradients=True),
+    ]
+
+
+def _linear_kd_loss_summary(members: list[Measurement]) -> list[str]:
+    fused, eager = _of(members, "kdfast"), _fastest(members, "eager")
+
+    def cell(family: str) -> str:
+        entry = _fastest(members, family)
+        variant = entry["member"].removeprefix(family).strip() if entry else ""
+        return _cell(entry, variant + " " if variant else "")
+
+    return [
+        _cell(_of(members, "bare products"), decimals=2),
+        *(cell(family) for family in ("eager", "compile", "liger", "trl")),
+        f"{_mebibytes(fused, gradients=False)} / {_mebibytes(eager, gradients=False)} MiB",
+    ]
+
+
+def _linear_kd_loss_details(entry: Measurement) -> list[str]:
+    return [
+        f"{entry['of_ceiling']:.2f}×" if "of_ceiling" in entry else "–",
+        f"{entry['operations'] / entry['seconds'] / 1e9:.0f}",
+        _mebibytes(entry, gradients=False),
+    ]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What an operation's tables show besides times, and who is in them."""
+
+    summary_header: str
+    summary_cells: Callable[[list[Measurement]], list[str]]
+    details_header: str
+    details_cells: Callable[[Measurement], list[str]]
+    memory: str
+
+
+LAYOUTS = {
+    "kd_loss": Layout(
+        "eager | torch.compile | fastest peer | kdfast moves | of a copy"
+        " | extra memory, kdfast / eager",
+        _kd_loss_summary,
+        "GB/s | of a copy | extra MiB",
+        _kd_loss_details,
+        memory="the peak above the inputs",
+    ),
+    "linear_kd_loss": Layout(
+        "bare products | eager | torch.compile | Liger | TRL | extra memory, kdfast / eager",
+        _linear_kd_loss_summary,
+        "× products | GFLOP/s | extra MiB",
+        _linear_kd_loss_details,
+        memory="the peak above the inputs and the gradients",
+    ),
+}
+
+
+def summary(operation: str, groups: Groups) -> str:
     """One line for each group that was measured by hand-written code too: the README's table."""
-
-    def cell(entry: Measurement | None, name: str = "") -> str:
-        if entry is None:
-            return "–"
-        if entry["wrong"]:
-            return "wrong"
-        return f"{name}{_milliseconds(entry['seconds'])} ({entry['relative']:.1f}×)"
-
     rows = []
     for group, members in groups.items():
         fused, eager = _of(members, "kdfast"), _of(members, "eager")
         if fused is None or eager is None:
             continue
-        peers = [entry for entry in members if _is_peer(entry) and not entry["wrong"]]
-        peer = min(peers, key=lambda entry: entry["seconds"], default=None)
-        rows.append(
-            [
-                group,
-                _milliseconds(fused["seconds"]) if not fused["wrong"] else "wrong",
-                cell(eager),
-                cell(_of(members, "compile")),
-                cell(peer, peer["member"] + " " if peer else ""),
-                f"{fused['bytes_per_second'] / 1e9:.1f} GB/s",
-                f"{fused['share_of_copy']:.0%}",
-                f"{fused['peak_bytes'] / MIB:.0f} / {eager['peak_bytes'] / MIB:.0f} MiB",
-            ]
-        )
-    return _table(
-        "case | kdfast | eager | torch.compile | fastest peer | kdfast moves | of a copy"
-        " | extra memory, kdfast / eager",
-        rows,
-    )
+        time = _milliseconds(fused["seconds"]) if not fused["wrong"] else "wrong"
+        rows.append([group, time, *LAYOUTS[operation].summary_cells(members)])
+    return _table(f"case | kdfast | {LAYOUTS[operation].summary_header}", rows)
 
 
-def details(group: str, members: list[Measurement]) -> str:
+def details(operation: str, group: str, members: list[Measurement]) -> str:
     """Everything that was measured of one group."""
-    terms = list(members[0]["errors"])
+    layout = LAYOUTS[operation]
+    terms = list(dict.fromkeys(term for entry in members for term in entry["errors"]))
+
+    def result(entry: Measurement) -> str:
+        if _is_ceiling(entry):
+            return "a ceiling, no loss"
+        return "agrees" if not entry["wrong"] else f"**wrong {' and '.join(entry['wrong'])}**"
+
     rows = [
         [
             entry["member"],
             _milliseconds(entry["seconds"]) + f" ± {entry['iqr_seconds'] * 5e2:.1f}",
             f"{entry['relative']:.2f}×",
-            f"{entry['bytes_per_second'] / 1e9:.1f}",
-            f"{entry['share_of_copy']:.0%}",
-            f"{entry['peak_bytes'] / MIB:.0f}",
-            *(f"{entry['errors'][term]:.1e}" for term in terms),
-            "agrees" if not entry["wrong"] else f"**wrong {' and '.join(entry['wrong'])}**",
+            *layout.details_cells(entry),
+            *(f"{entry['errors'][term]:.1e}" if entry["errors"] else "–" for term in terms),
+            result(entry),
         ]
         for entry in members
     ]
     errors = " | ".join(f"{term} error" for term in terms)
-    header = f"{group} | median | relative | GB/s | of a copy | extra MiB | {errors} | result"
+    header = f"{group} | median | relative | {layout.details_header} | {errors} | result"
     return _table(header, rows)
 
 
-def markdown(run: dict[str, Any]) -> str:
-    """The whole report: the summary, what it was measured on, every group, and who was absent."""
+def markdown(operation: str, run: Run) -> str:
+    """An operation's report: the summary, what it was measured on, every group, who was absent."""
     groups = grouped(run["measurements"])
     facts = run["facts"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
@@ -154,11 +257,11 @@ def markdown(run: dict[str, Any]) -> str:
         member: reason for members in run["absent"].values() for member, reason in members.items()
     }
     parts = [
-        summary(groups),
+        summary(operation, groups),
         f"Measured {run['date']} on {facts['device']} ({facts['system']}, {settings}; "
-        f"python {facts['python']}, {versions}). Medians of one run; extra memory is the peak "
-        "above the inputs.",
-        *(details(group, members) for group, members in groups.items()),
+        f"python {facts['python']}, {versions}). Medians of one run; extra memory is "
+        f"{LAYOUTS[operation].memory}.",
+        *(details(operation, group, members) for group, members in groups.items()),
         *(f"Absent: {member}: {reason}." for member, reason in missing.items()),
     ]
     return "\n\n".join(parts) + "\n"
@@ -229,20 +332,22 @@ def _panel(axis: Any, group: str, members: list[Measurement], color: dict[str, s
     for place, entry in enumerate(members):
         ours = entry["member"].startswith("kdfast")
         fill = color["kdfast"] if ours else color["bar"]
-        right = not entry["wrong"]
+        solid = not (entry["wrong"] or _is_ceiling(entry))
         axis.barh(
             place,
             entry["seconds"],
             height=0.72,
-            color=fill if right else "none",
+            color=fill if solid else "none",
             edgecolor=fill,
-            hatch=None if right else "////",
+            hatch="////" if entry["wrong"] else None,
         )
         label = _milliseconds(entry["seconds"])
         if not ours:
             label += f" · {entry['relative']:.1f}×"
-        if not right:
+        if entry["wrong"]:
             label += " · wrong"
+        if _is_ceiling(entry):
+            label += " · no loss"
         axis.text(
             entry["seconds"] + 0.015 * longest,
             place,
@@ -268,26 +373,32 @@ def main() -> int:
         "--into", type=Path, help="also write the summary between a file's OPERATION markers"
     )
     arguments = parser.parse_args()
-    run = load(arguments.run)
-    if not run:
+    runs = load(arguments.run)
+    if not runs:
         print(f"nothing was measured: there is no {arguments.run}")
         return 0
 
-    print(markdown(run))
-    slug = device_slug(run["facts"])
+    slug = device_slug(next(iter(runs.values()))["facts"])
     arguments.results.mkdir(parents=True, exist_ok=True)
-    (arguments.results / f"{slug}.json").write_text(json.dumps(run, indent=1) + "\n")
-    groups = grouped(run["measurements"])
-    for operation in dict.fromkeys(group.split()[0] for group in groups):
-        of_operation = {g: members for g, members in groups.items() if g.split()[0] == operation}
+    kept = arguments.results / f"{slug}.json"
+    kept.write_text(json.dumps(load(kept) | runs, indent=1) + "\n")
+    for operation, run in runs.items():
+        print(markdown(operation, run))
+        groups = grouped(run["measurements"])
         # A comma parts a variant from the case that everybody takes part in.
-        main_groups = {g: members for g, members in of_operation.items() if "," not in g}
+        main_groups = {g: members for g, members in groups.items() if "," not in g}
         for theme in THEMES:
             plot(main_groups, theme, arguments.plots / f"{operation}-{slug}-{theme}.svg")
         if arguments.into:
-            write_between_markers(arguments.into, operation, summary(of_operation))
-    ours = [entry for entry in run["measurements"] if entry["member"].startswith("kdfast")]
-    return int(any(entry["wrong"] for entry in ours))
+            write_between_markers(arguments.into, operation, summary(operation, groups))
+    return int(
+        any(
+            entry["wrong"]
+            for run in runs.values()
+            for entry in run["measurements"]
+            if entry["member"].startswith("kdfast")
+        )
+    )
 
 
 if __name__ == "__main__":
