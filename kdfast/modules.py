@@ -95,7 +95,7 @@ class LinearKDLoss(_Settings):
         student_softcap: float | None = None,
         teacher_softcap: float | None = None,
         chunk_size: int | None = None,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: "dist.ProcessGroup | None" = None,
         divergence: str = "forward_kl",
         beta: float = 0.5,
         temperature: float | Tensor = 1.0,

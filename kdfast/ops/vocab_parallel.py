@@ -10,7 +10,6 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from kdfast.ops.arguments import checked_vocab_size, values_are_checked
 from kdfast.ops.tokens import check_values
@@ -22,8 +21,7 @@ TEMPORARIES = 8
 Prepared = tuple[tuple[Tensor | None, ...], tuple[bool, ...], dict[str, object]]
 
 
-@torch.compiler.disable
-def agreed(prepare: Callable[[], Prepared], group: dist.ProcessGroup) -> Prepared:
+def agreed(prepare: Callable[[], Prepared], group: "dist.ProcessGroup") -> Prepared:
     """What `prepare` returns on this rank, with its shard's place in the vocabulary.
 
     Every rank hears of the others' arguments before any goes to work: where one would raise alone
@@ -97,7 +95,14 @@ def _facts(tensors: tuple, needed: tuple[bool, ...], settings: dict[str, object]
     }
 
 
-def _gathered(numbers: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _resolved(name: str) -> "dist.ProcessGroup":
+    # Imported here: there are builds of torch without it.
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)
+
+
+def _gathered(numbers: Tensor, group: "dist.ProcessGroup") -> Tensor:
     """`[ranks, ...]`: what every rank has in `numbers`."""
     gathered = numbers.new_empty((dist.get_world_size(group), *numbers.shape))
     dist.all_gather(list(gathered), numbers, group=group)
@@ -143,7 +148,7 @@ def kd_loss_rows(
         vocab_offset: the first column of this shard.
         Everything else: as there, the same on every rank.
     """
-    group = _resolve_process_group(group)
+    group = _resolved(group)
     student, teacher = student[0], teacher[0]
     counted = torch.ones(len(student), dtype=torch.bool, device=student.device)
     if labels is not None:
@@ -252,4 +257,4 @@ def _at(logits: Tensor, label: Tensor, here: Tensor) -> Tensor:
 
 def add_shards_(gradient: Tensor, group: str) -> None:
     """The sum over the ranks of what each one's columns contribute, in place."""
-    dist.all_reduce(gradient, group=_resolve_process_group(group))
+    dist.all_reduce(gradient, group=_resolved(group))
