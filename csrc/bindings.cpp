@@ -9,6 +9,8 @@
 
 #include "cpu/kd_loss.h"
 #include "cpu/pages.h"
+#include "cpu/topk_kd_loss.h"
+#include "cpu/truncated_softmax.h"
 
 namespace py = pybind11;
 
@@ -66,6 +68,58 @@ void kd_loss_rows(const MatrixTuple& student, const MatrixTuple& teacher,
   kdfast::kd_loss_rows(call);
 }
 
+template <class Real>
+void truncated_softmax_rows(const MatrixTuple& logits, int64_t outer_rows, int64_t inner_rows,
+                            int64_t vocab_size, int64_t k, const PerRowTuple& temperature,
+                            Address log_probs, Address indices, int threads) {
+  const kdfast::TruncatedSoftmaxRows<Real> call{matrix(logits),
+                                                outer_rows,
+                                                inner_rows,
+                                                vocab_size,
+                                                k,
+                                                per_row<Real>(temperature),
+                                                reinterpret_cast<Real*>(log_probs),
+                                                reinterpret_cast<int64_t*>(indices),
+                                                threads};
+  py::gil_scoped_release release;
+  kdfast::truncated_softmax_rows(call);
+}
+
+template <class Real>
+void topk_kd_loss_rows(const MatrixTuple& student, const MatrixTuple& gradient, Address log_probs,
+                       Address indices, int64_t outer_rows, int64_t inner_rows, int64_t width,
+                       int64_t vocab_size, int64_t entries, const PerRowTuple& labels,
+                       int64_t ignore_index, const PerRowTuple& token_weight,
+                       const PerRowTuple& temperature, const PerRowTuple& grad_scale,
+                       Address losses, int tail, int divergence, double beta, double alpha,
+                       bool scale_t2, bool need_hard, double smallest_bucket, int threads) {
+  const kdfast::TopkKdLossRows<Real> call{matrix(student),
+                                          matrix(gradient),
+                                          reinterpret_cast<const Real*>(log_probs),
+                                          reinterpret_cast<const int64_t*>(indices),
+                                          outer_rows,
+                                          inner_rows,
+                                          width,
+                                          vocab_size,
+                                          entries,
+                                          per_row<int64_t>(labels),
+                                          ignore_index,
+                                          per_row<Real>(token_weight),
+                                          per_row<Real>(temperature),
+                                          per_row<Real>(grad_scale),
+                                          reinterpret_cast<Real*>(losses),
+                                          static_cast<kdfast::Tail>(tail),
+                                          static_cast<kdfast::Divergence>(divergence),
+                                          beta,
+                                          alpha,
+                                          scale_t2,
+                                          need_hard,
+                                          smallest_bucket,
+                                          threads};
+  py::gil_scoped_release release;
+  kdfast::topk_kd_loss_rows(call);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -86,4 +140,24 @@ PYBIND11_MODULE(_C, module) {
         kdfast::prefer_huge_pages(reinterpret_cast<char*>(data), bytes);
       },
       py::arg("data"), py::arg("bytes"));
+
+  const auto define_truncated_softmax_rows = [&module](const char* name, auto function) {
+    module.def(name, function, py::kw_only(), py::arg("logits"), py::arg("outer_rows"),
+               py::arg("inner_rows"), py::arg("vocab_size"), py::arg("k"), py::arg("temperature"),
+               py::arg("log_probs"), py::arg("indices"), py::arg("threads"));
+  };
+  define_truncated_softmax_rows("truncated_softmax_rows_float32", truncated_softmax_rows<float>);
+  define_truncated_softmax_rows("truncated_softmax_rows_float64", truncated_softmax_rows<double>);
+
+  const auto define_topk_kd_loss_rows = [&module](const char* name, auto function) {
+    module.def(name, function, py::kw_only(), py::arg("student"), py::arg("gradient"),
+               py::arg("log_probs"), py::arg("indices"), py::arg("outer_rows"),
+               py::arg("inner_rows"), py::arg("width"), py::arg("vocab_size"), py::arg("entries"),
+               py::arg("labels"), py::arg("ignore_index"), py::arg("token_weight"),
+               py::arg("temperature"), py::arg("grad_scale"), py::arg("losses"), py::arg("tail"),
+               py::arg("divergence"), py::arg("beta"), py::arg("alpha"), py::arg("scale_t2"),
+               py::arg("need_hard"), py::arg("smallest_bucket"), py::arg("threads"));
+  };
+  define_topk_kd_loss_rows("topk_kd_loss_rows_float32", topk_kd_loss_rows<float>);
+  define_topk_kd_loss_rows("topk_kd_loss_rows_float64", topk_kd_loss_rows<double>);
 }

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from kdfast.ops.kd_loss import kd_loss
 from kdfast.ops.linear_kd_loss import linear_kd_loss
+from kdfast.ops.topk_kd_loss import topk_kd_loss
+from kdfast.ops.truncated_softmax import TruncatedSoftmax
 
 
 class _Settings(nn.Module):
@@ -146,6 +148,61 @@ class LinearKDLoss(_Settings):
             labels,
             student_bias=student_bias,
             teacher_bias=teacher_bias,
+            token_weight=token_weight,
+            num_items=num_items,
+            **self.settings(),
+        )
+
+
+class TopKKDLoss(_Settings):
+    """`kdfast.topk_kd_loss` as a module; every keyword means what it means there.
+
+    Example:
+        >>> distill = kdfast.TopKKDLoss(temperature=2.0, alpha=0.5)
+        >>> loss = distill(student_logits, kdfast.truncated_softmax(t, 64, temperature=2.0), labels)
+    """
+
+    def __init__(
+        self,
+        *,
+        tail: str = "bucket",
+        divergence: str = "forward_kl",
+        beta: float = 0.5,
+        temperature: float | Tensor = 1.0,
+        scale_t2: bool = True,
+        alpha: float = 1.0,
+        ignore_index: int = -100,
+        vocab_size: int | None = None,
+        reduction: str = "mean",
+        return_parts: bool = False,
+        overwrite_student_logits: bool = False,
+    ) -> None:
+        super().__init__()
+        self.tail = tail
+        self.divergence = divergence
+        self.beta = beta
+        self.temperature = temperature
+        self.scale_t2 = scale_t2
+        self.alpha = alpha
+        self.ignore_index = ignore_index
+        self.vocab_size = vocab_size
+        self.reduction = reduction
+        self.return_parts = return_parts
+        self.overwrite_student_logits = overwrite_student_logits
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher: TruncatedSoftmax,
+        labels: Tensor | None = None,
+        *,
+        token_weight: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        return topk_kd_loss(
+            student_logits,
+            teacher,
+            labels,
             token_weight=token_weight,
             num_items=num_items,
             **self.settings(),

@@ -4,6 +4,9 @@ Nothing here is fast, and everything here may be differentiated: the fused backe
 against these functions in float64, and a device that no fused backend serves is served by them.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -71,12 +74,84 @@ def divergence_terms(
     return from_q, q * (log_part + teacher_share * p / mixture)
 
 
-def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
+def _widest(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.device.type in ("cpu", "cuda") else torch.float32
+
+
+def _scaled(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """(logits − max) / temperature."""
     # The maximum is subtracted before the division: logits / T rounds by ulp(max / T), which a
     # small T makes large.
     if isinstance(temperature, Tensor):
         temperature = temperature.to(logits.dtype).unsqueeze(-1)
-    return ((logits - logits.detach().amax(-1, keepdim=True)) / temperature).log_softmax(-1)
+    return (logits - logits.detach().amax(-1, keepdim=True)) / temperature
+
+
+def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    return _scaled(logits, temperature).log_softmax(-1)
+
+
+def _loss_rows(
+    soft_term: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    student_logits: Tensor,
+    labels: Tensor | None,
+    token_weight: Tensor | None,
+    temperature: float | Tensor,
+    grad_scale: Tensor | None,
+    gradient: Tensor | None,
+    *,
+    scale_t2: bool,
+    alpha: float,
+    ignore_index: int,
+    vocab_size: int | None,
+    need_hard: bool,
+) -> Tensor:
+    """What a soft term becomes: `[3, ...]`, and the gradient where there is a buffer for it.
+
+    `soft_term` maps the student's logits `[..., V]` and which tokens count `[...]` to the term per
+    token and its gradient with respect to the logits divided by the temperature.
+    """
+    width = student_logits.shape[-1]
+    vocab_size = width if vocab_size is None else vocab_size
+    real = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+    counted = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
+    if labels is not None:
+        counted = labels != ignore_index
+    # Ignored rows may hold NaN: they are emptied before anything is computed, so that no 0 · NaN
+    # survives.
+    student = torch.where(counted.unsqueeze(-1), student_logits[..., :vocab_size].to(real), 0.0)
+    weight = (
+        counted.to(real)
+        if token_weight is None
+        else torch.where(counted, token_weight.to(real), 0.0)
+    )
+    t2 = temperature**2 if scale_t2 else 1.0
+
+    soft, by_scaled_logit = soft_term(student, counted)
+    soft = torch.where(counted, soft, 0.0)
+    total = alpha * t2 * soft if alpha > 0 else torch.zeros_like(soft)
+    hard = torch.zeros_like(soft)
+    need_hard = labels is not None and (need_hard or alpha < 1)
+    if need_hard:
+        hard_log_q = _log_softmax(student, 1.0)
+        target = torch.where(counted, labels, 0).long().unsqueeze(-1)
+        hard = torch.where(counted, -hard_log_q.gather(-1, target).squeeze(-1), 0.0)
+        if alpha < 1:
+            total = total + (1 - alpha) * hard
+
+    if gradient is not None:
+        with torch.no_grad():
+            scale = weight if grad_scale is None else weight * grad_scale
+            soft_scale = alpha * scale * t2 / temperature
+            by_logit = soft_scale.unsqueeze(-1) * by_scaled_logit
+            if need_hard and alpha < 1:
+                by_label = hard_log_q.exp().scatter_add(
+                    -1, target, torch.full_like(target, -1, dtype=real)
+                )
+                by_logit = by_logit + ((1 - alpha) * scale).unsqueeze(-1) * by_label
+            gradient.zero_()
+            gradient[..., :vocab_size] = torch.where(counted.unsqueeze(-1), by_logit, 0.0)
+    return torch.stack([torch.where(counted, weight * total, 0.0), weight * soft, weight * hard])
 
 
 def head_logits(
@@ -141,48 +216,166 @@ def kd_loss_rows(
     Returns:
         `[3, ...]`: total, soft and hard per token.
     """
-    width = student_logits.shape[-1]
-    vocab_size = width if vocab_size is None else vocab_size
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    real = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-    counted = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
-    if labels is not None:
-        counted = labels != ignore_index
-    # Ignored rows may hold NaN: they are emptied before anything is computed, so that no 0 · NaN
-    # survives.
-    student = torch.where(counted.unsqueeze(-1), student_logits[..., :vocab_size].to(real), 0.0)
-    teacher = torch.where(counted.unsqueeze(-1), teacher_logits[..., :vocab_size].to(real), 0.0)
-    weight = (
-        counted.to(real)
-        if token_weight is None
-        else torch.where(counted, token_weight.to(real), 0.0)
+
+    def soft_term(student: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+        # Ignored rows may hold NaN on this side too.
+        teacher = teacher_logits[..., : student.shape[-1]].to(student.dtype)
+        teacher = torch.where(counted.unsqueeze(-1), teacher, 0.0)
+        log_q = _log_softmax(student, temperature)
+        log_p = _log_softmax(teacher, teacher_temperature)
+        f, g = divergence_terms(divergence, log_p, log_q, beta)
+        return f.sum(-1), g - log_q.exp() * g.sum(-1, keepdim=True)
+
+    return _loss_rows(
+        soft_term,
+        student_logits,
+        labels,
+        token_weight,
+        temperature,
+        grad_scale,
+        gradient,
+        scale_t2=scale_t2,
+        alpha=alpha,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        need_hard=need_hard,
     )
-    t2 = temperature**2 if scale_t2 else 1.0
 
-    log_q = _log_softmax(student, temperature)
-    log_p = _log_softmax(teacher, teacher_temperature)
-    f, g = divergence_terms(divergence, log_p, log_q, beta)
-    soft = torch.where(counted, f.sum(-1), 0.0)
-    total = alpha * t2 * soft if alpha > 0 else torch.zeros_like(soft)
-    hard = torch.zeros_like(soft)
-    need_hard = labels is not None and (need_hard or alpha < 1)
-    if need_hard:
-        hard_log_q = _log_softmax(student, 1.0)
-        target = torch.where(counted, labels, 0).long().unsqueeze(-1)
-        hard = torch.where(counted, -hard_log_q.gather(-1, target).squeeze(-1), 0.0)
-        if alpha < 1:
-            total = total + (1 - alpha) * hard
 
-    if gradient is not None:
-        with torch.no_grad():
-            scale = weight if grad_scale is None else weight * grad_scale
-            soft_scale = alpha * scale * t2 / temperature
-            by_logit = soft_scale.unsqueeze(-1) * (g - log_q.exp() * g.sum(-1, keepdim=True))
-            if need_hard and alpha < 1:
-                by_label = hard_log_q.exp().scatter_add(
-                    -1, target, torch.full_like(target, -1, dtype=real)
-                )
-                by_logit = by_logit + ((1 - alpha) * scale).unsqueeze(-1) * by_label
-            gradient.zero_()
-            gradient[..., :vocab_size] = torch.where(counted.unsqueeze(-1), by_logit, 0.0)
-    return torch.stack([torch.where(counted, weight * total, 0.0), weight * soft, weight * hard])
+TAILS = ("bucket", "renormalize", "none", "support")
+
+# Off the support the full student has probability and a teacher that is cut off has none: only
+# forward KL, which asks for q where p is, is finite there.
+TAIL_DIVERGENCES = {
+    "bucket": ("forward_kl", "reverse_kl", "jsd"),
+    "renormalize": ("forward_kl",),
+    "none": ("forward_kl",),
+    "support": ("forward_kl", "reverse_kl", "jsd"),
+}
+
+
+def truncated_softmax_rows(
+    logits: Tensor, k: int, temperature: float | Tensor = 1.0, *, vocab_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k largest log-probabilities of the full softmax, and where they stand.
+
+    This is the contract of every backend of `truncated_softmax`.
+
+    Args:
+        logits: `[..., V]`, any floating dtype; computed in float32, or float64 for float64.
+        k: how many; at most the columns that exist.
+        temperature: a number, or a tensor `[...]`.
+        vocab_size: the columns that exist.
+
+    Returns:
+        `[..., k]` log-probabilities, largest first, and `[..., k]` int64 indices; of equal logits
+        the one with the lower index comes first. A row that has no softmax (it holds NaN or +inf,
+        or -inf alone) has log-probabilities of NaN and the indices 0 … k − 1.
+    """
+    real = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logits = logits[..., :vocab_size].to(real)
+    log_p = _log_softmax(logits, temperature)
+    indices = logits.argsort(dim=-1, descending=True, stable=True)[..., :k]
+    first = torch.arange(k, device=logits.device)
+    indices = torch.where(log_p[..., :1].isnan(), first, indices)
+    return log_p.gather(-1, indices), indices
+
+
+def topk_kd_loss_rows(
+    student_logits: Tensor,
+    log_probs: Tensor,
+    indices: Tensor,
+    labels: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    grad_scale: Tensor | None = None,
+    gradient: Tensor | None = None,
+    *,
+    tail: str = "bucket",
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    scale_t2: bool = True,
+    alpha: float = 1.0,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    need_hard: bool = True,
+    smallest_bucket: float = torch.finfo(torch.float32).eps,
+) -> Tensor:
+    """The distillation loss of each token on a truncated teacher, and on request its gradient.
+
+    This is the contract of every backend of `topk_kd_loss`; what is not said here is as in
+    `kd_loss_rows`.
+
+    Args:
+        student_logits: `[..., V]`.
+        log_probs: `[..., k]`, the teacher's log-probabilities at the columns of its support.
+        indices: `[..., k]` int64, the columns, ascending and distinct; below 0 for an entry that
+            does not exist, whatever its log-probability holds.
+        tail: one of `TAILS`.
+        divergence: one of `TAIL_DIVERGENCES[tail]`.
+        smallest_bucket: what reverse KL takes for the teacher's bucket where rounding left it
+            nothing: the size of that rounding.
+
+    Returns:
+        `[3, ...]`: total, soft and hard per token.
+    """
+
+    def soft_term(student: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+        vocab = student.shape[-1]
+        # An entry that does not exist stands in a column behind the last, which nobody has.
+        listed = (indices >= 0) & counted.unsqueeze(-1)
+        column = torch.where(listed, indices, vocab)
+        # What Σp leaves of 1 is a difference: the few entries are computed in the widest type.
+        log_p = torch.where(listed, log_probs.to(_widest(student)), -torch.inf)
+        log_mass = log_p.logsumexp(-1, keepdim=True)
+        looked_at = torch.cat([student, torch.full_like(student[..., :1], -torch.inf)], -1)
+        if tail == "support":
+            entries = _scaled(looked_at.gather(-1, column), temperature).to(log_p.dtype)
+        else:
+            # What lies off the support is one entry more.
+            scaled = _scaled(looked_at, temperature)
+            outside = scaled.scatter(-1, column, -torch.inf)
+            entries = torch.cat([scaled.gather(-1, column), outside.logsumexp(-1, True)], -1)
+            entries = entries.to(log_p.dtype)
+        log_q = entries.log_softmax(-1)
+
+        if tail in ("renormalize", "support"):
+            log_p = log_p - log_mass
+        if tail == "bucket":
+            # log(1 − Σp). What rounding makes 1 or more leaves nothing, and so does a support that
+            # leaves no column.
+            nothing = (log_mass >= 0) | (listed.sum(-1, keepdim=True) == vocab)
+            log_rest = torch.where(nothing, -1.0, log_mass).expm1().neg().log()
+            nothing_of = math.log(smallest_bucket) if divergence == "reverse_kl" else -torch.inf
+            log_p = torch.cat([log_p, torch.where(nothing, nothing_of, log_rest)], -1)
+        elif tail != "support":
+            log_p = torch.cat([log_p, torch.full_like(log_mass, -torch.inf)], -1)
+
+        f, g = divergence_terms(divergence, log_p, log_q, beta)
+        by_entry = (g - log_q.exp() * g.sum(-1, keepdim=True)).to(student.dtype)
+        if tail == "support":
+            by_column = student.new_zeros(*student.shape[:-1], vocab + 1)
+        else:
+            # Each column takes its part of what is asked of all; of no columns none does.
+            parts = torch.where(outside == -torch.inf, 0.0, outside.softmax(-1))
+            by_column = parts * by_entry[..., -1:]
+        by_column = by_column.scatter(-1, column, by_entry[..., : column.shape[-1]])
+        # 0 · log Z: the loss of a student that holds NaN is NaN, whatever the teacher lists.
+        soft = f.sum(-1) + 0 * entries.logsumexp(-1)
+        return soft.to(student.dtype), by_column[..., :vocab]
+
+    return _loss_rows(
+        soft_term,
+        student_logits,
+        labels,
+        token_weight,
+        temperature,
+        grad_scale,
+        gradient,
+        scale_t2=scale_t2,
+        alpha=alpha,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        need_hard=need_hard,
+    )

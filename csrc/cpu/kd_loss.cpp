@@ -5,76 +5,10 @@
 #include <vector>
 
 #include "pages.h"
-#include "simd.h"
+#include "softmax.h"
 
 namespace kdfast {
 namespace {
-
-// One chunk of both rows stays in L1 while it is converted, maximised and exponentiated.
-constexpr int64_t kChunk = 2048;
-
-// Exponentials are powers of two: the scale that a logit is multiplied by takes log2 e in.
-constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
-
-template <class T, class Real>
-KDFAST_CLONES void convert(const T* in, int64_t n, Real* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = to_real(in[i]);
-}
-
-// Elements [begin, begin + n) of a row in the precision of the computation: the row itself where it
-// has it, a converted copy in `buffer` otherwise.
-template <class Real>
-const Real* load(const char* row, DType dtype, int64_t begin, int64_t n, Real* buffer);
-
-template <>
-const float* load(const char* row, DType dtype, int64_t begin, int64_t n, float* buffer) {
-  if (dtype == DType::kFloat32) return reinterpret_cast<const float*>(row) + begin;
-  if (dtype == DType::kBFloat16)
-    convert(reinterpret_cast<const bfloat16*>(row) + begin, n, buffer);
-  else
-    convert(reinterpret_cast<const float16*>(row) + begin, n, buffer);
-  return buffer;
-}
-
-template <>
-const double* load(const char* row, DType, int64_t begin, int64_t, double*) {
-  return reinterpret_cast<const double*>(row) + begin;
-}
-
-template <class Real>
-KDFAST_CLONES Real max_of(const Real* x, int64_t n) {
-  Real max = -std::numeric_limits<Real>::infinity();
-#pragma omp simd reduction(max : max)
-  for (int64_t i = 0; i < n; ++i) max = x[i] > max ? x[i] : max;
-  return max;
-}
-
-// The softmax of one side of a row, one chunk after the other: exponentials relative to the running
-// maximum, and their sum in double.
-template <class Real>
-struct RunningSoftmax {
-  Real scale;  // log2 e / temperature
-  Real max = -std::numeric_limits<Real>::infinity();
-  double sum = 0;
-
-  // What a row of -inf is shifted by: -inf - (-inf) would be NaN.
-  Real shift() const { return max == -std::numeric_limits<Real>::infinity() ? Real(0) : max; }
-
-  // How far the exponents move, in bits: what was summed so far shrinks by 2 to the power of it.
-  double raise_max(Real chunk_max) {
-    const Real before = shift();
-    max = std::max(max, chunk_max);
-    const double delta = (double(before) - shift()) * scale;
-    // Nothing but -inf came before: there is nothing to rescale, and exp(delta) may overflow.
-    decay = sum == 0 ? 0 : std::exp2(delta);
-    sum *= decay;
-    return delta;
-  }
-
-  double decay = 1;
-};
 
 // Σ over a chunk of exp(x) for both sides, and of the KL's weighted difference of the two.
 template <class Real>
@@ -105,17 +39,6 @@ KDFAST_CLONES ChunkSums<Real> exponentiate(const Real* s, const Real* t, int64_t
     if (D == Divergence::kReverseKl) dot += es > 0 ? es * (x - y) : Real(0);
   }
   return {student_sum, teacher_sum, dot};
-}
-
-template <class Real>
-KDFAST_CLONES Real exponentiate_hard(const Real* s, int64_t n, Real shift, Real* out) {
-  Real sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = exp2_nonpositive((s[i] - shift) * Real(kLog2E));
-    sum += out[i];
-  }
-  return sum;
 }
 
 // KL(q‖p): f = g = q · (log q - log p). The student's exponentials become q, the teacher's become
@@ -311,7 +234,7 @@ void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratc
     scratch.teacher_shift[begin / kChunk] = teacher.shift();
     if (call.need_hard && !hard_is_soft) {
       hard_sum *= std::exp(double(hard_before) - student.shift());
-      hard_sum += exponentiate_hard(s, n, student.shift(), scratch.hard.data() + begin);
+      hard_sum += exponentiate(s, n, student.shift(), Real(kLog2E), scratch.hard.data() + begin);
     }
   }
   if (hard_is_soft) hard_sum = student.sum;

@@ -1,4 +1,4 @@
-"""The incoming gradient, applied to a gradient that the forward pass already computed."""
+"""The gradient that a forward pass computes, and the incoming one that is applied to it."""
 
 import torch
 from torch import Tensor
@@ -73,3 +73,50 @@ def scale_gradient(gradient: Tensor, incoming: Tensor) -> Tensor:
         )
     torch.ops.kdfast.scale_gradient_(gradient, incoming)
     return gradient
+
+
+class LossWithGradient(torch.autograd.Function):
+    """An operation whose operator `kdfast::OPERATION_forward` gives a loss and fills its gradient.
+
+    Called with the operation's name, the student's logits `[..., V]`, the operator's other tensors
+    up to `incoming`, whether a gradient is wanted, whether it overwrites the logits, and the
+    operator's settings by name. The operator takes `incoming` and `gradient` behind the tensors.
+    """
+
+    @staticmethod
+    def forward(ctx, operation, student_logits, *inputs_and_settings):
+        *inputs, need_grad, overwrite, settings = inputs_and_settings
+        ctx.operation, ctx.overwrite, ctx.settings = operation, overwrite, settings
+        # A float16 gradient waits for the backward pass: a loss scale of 65536 must reach it before
+        # it is rounded.
+        ctx.deferred = student_logits.dtype == torch.float16
+        gradient = None
+        if need_grad and not ctx.deferred:
+            gradient = _gradient_buffer(student_logits, overwrite)
+        operator = getattr(torch.ops.kdfast, f"{operation}_forward")
+        outputs = operator(student_logits, *inputs, None, gradient, **settings)
+        ctx.save_for_backward(*((student_logits, *inputs) if ctx.deferred else (gradient,)))
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.inputs = len(inputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, incoming, *_):
+        refuse_double_backward(ctx.operation)
+        if ctx.deferred:
+            student_logits, *inputs = ctx.saved_tensors
+            gradient = _gradient_buffer(student_logits, ctx.overwrite and not graph_is_retained())
+            operator = getattr(torch.ops.kdfast, f"{ctx.operation}_forward")
+            operator(student_logits, *inputs, incoming, gradient, **ctx.settings)
+        else:
+            gradient = scale_gradient(ctx.saved_tensors[0], incoming)
+        # For the operation's name before it, and the three settings behind the inputs.
+        return None, gradient, *[None] * (ctx.inputs + 3)
+
+
+def _gradient_buffer(student_logits: Tensor, overwrite: bool) -> Tensor:
+    if not overwrite:
+        return torch.empty_like(student_logits, memory_format=torch.contiguous_format)
+    # Whoever saved the logits for a backward pass of its own must be told that they are gone.
+    torch.autograd.graph.increment_version(student_logits)
+    return student_logits.detach()

@@ -5,8 +5,6 @@ gradient that the forward pass computed, the operator normalises layouts and red
 sweeps the rows.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,8 @@ from kdfast.ops.arguments import (
     checked_vocab_size,
     values_are_checked,
 )
-from kdfast.ops.gradient import graph_is_retained, refuse_double_backward, scale_gradient
+from kdfast.ops.gradient import LossWithGradient
+from kdfast.ops.rows import Addresses, as_rows, check_overwritable, in_rows
 from kdfast.ops.tokens import (
     check_values,
     checked_keywords,
@@ -54,49 +53,28 @@ def _cpp_rows(
     rows = student.shape[0] * student.shape[1]
     losses = student.new_empty((3, rows), dtype=real)
 
-    # The kernel sees addresses: `keep` holds every tensor that a conversion made until it has
-    # returned.
-    keep = []
-
-    def per_row(values: Tensor | None, dtype: torch.dtype) -> tuple[int, int]:
-        """The address of one value per row, and the step between them: 0 repeats a single value."""
-        if values is None:
-            return 0, 0
-        values = values.to(dtype).contiguous()
-        keep.append(values)
-        return values.data_ptr(), int(values.dim() > 0)
-
-    def temperature_rows(value: float | Tensor) -> tuple[int, int]:
-        return per_row(
-            value if isinstance(value, Tensor) else torch.tensor(value, dtype=real), real
-        )
-
-    def matrix(values: Tensor | None) -> tuple[int, int, int, str]:
-        """Address, strides of the two leading dimensions and dtype."""
-        if values is None:
-            return 0, 0, 0, "float32"
-        return values.data_ptr(), *values.stride()[:2], str(values.dtype).removeprefix("torch.")
-
     if (teacher.dtype == torch.float64) != (student.dtype == torch.float64):
         teacher = teacher.to(real)
+    # The kernel sees addresses, which `tensors` keeps alive until it has returned.
+    tensors = Addresses()
     extension = registry.extension()
     kd_loss_rows = (
         extension.kd_loss_rows_float64 if real == torch.float64 else extension.kd_loss_rows_float32
     )
     kd_loss_rows(
-        student=matrix(student),
-        teacher=matrix(teacher),
-        gradient=matrix(gradient),
+        student=tensors.matrix(student),
+        teacher=tensors.matrix(teacher),
+        gradient=tensors.matrix(gradient),
         outer_rows=student.shape[0],
         inner_rows=student.shape[1],
         width=student.shape[2],
         vocab_size=vocab_size,
-        labels=per_row(labels, torch.int64),
+        labels=tensors.per_row(labels, torch.int64),
         ignore_index=ignore_index,
-        token_weight=per_row(token_weight, real),
-        temperature=temperature_rows(temperature),
-        teacher_temperature=temperature_rows(teacher_temperature),
-        grad_scale=per_row(grad_scale, real),
+        token_weight=tensors.per_row(token_weight, real),
+        temperature=tensors.per_row(temperature, real),
+        teacher_temperature=tensors.per_row(teacher_temperature, real),
+        grad_scale=tensors.per_row(grad_scale, real),
         losses=losses.data_ptr(),
         divergence=DIVERGENCES.index(divergence),
         beta=beta,
@@ -115,28 +93,14 @@ def _triton_rows(student: Tensor, *args: object, **kwargs: object) -> Tensor:
 
 
 def _torch_rows(
-    student: Tensor, teacher: Tensor, *per_token: Tensor | float | None, **options: object
+    student: Tensor, teacher: Tensor, *per_row: Tensor | float | None, **options: object
 ) -> Tensor:
-    leading = student.shape[:2]
-    *per_token, grad_scale, gradient = per_token
-    per_token = [value.view(leading) if isinstance(value, Tensor) else value for value in per_token]
-    if grad_scale is not None and grad_scale.numel() > 1:
-        grad_scale = grad_scale.view(leading)
-    return reference.kd_loss_rows(
-        student, teacher, *per_token, grad_scale, gradient, **options
-    ).flatten(1)
+    *per_row, gradient = per_row
+    per_row = [in_rows(values, student.shape[:2]) for values in per_row]
+    return reference.kd_loss_rows(student, teacher, *per_row, gradient, **options).flatten(1)
 
 
 BACKENDS = {"cpp": _cpp_rows, "triton": _triton_rows, "torch": _torch_rows}
-
-
-def _as_rows(logits: Tensor) -> Tensor:
-    """`[outer, inner, V]` with unit stride along V; a view of `logits[:, :-1]` too, not a copy."""
-    *leading, width = logits.shape
-    if logits.stride(-1) != 1:
-        logits = logits.contiguous()
-    inner = leading[-1] if leading else 1
-    return logits.reshape(math.prod(leading[:-1]), inner, width)
 
 
 registry.library.define(
@@ -184,15 +148,15 @@ def _kd_loss_forward(
     share = token_share(reduction, num_items, labels, ignore_index, leading, device)
     grad_scale = gradient_scale(share, incoming)
     losses = rows(
-        _as_rows(student_logits),
-        _as_rows(teacher_logits),
+        as_rows(student_logits),
+        as_rows(teacher_logits),
         *(None if x is None else x.flatten() for x in (labels, token_weight)),
         temperature if temperature_per_token is None else temperature_per_token.flatten(),
         teacher_temperature
         if teacher_temperature_per_token is None
         else teacher_temperature_per_token.flatten(),
         None if grad_scale is None else grad_scale.to(result_dtype(student_logits)),
-        None if gradient is None else _as_rows(gradient),
+        None if gradient is None else as_rows(gradient),
         divergence=canonical_divergence(divergence, beta),
         beta=beta,
         scale_t2=scale_t2,
@@ -201,7 +165,6 @@ def _kd_loss_forward(
         vocab_size=vocab_size,
         need_hard=need_parts,
     )
-
     return reduce(losses, share, leading, need_parts)
 
 
@@ -209,46 +172,6 @@ def _kd_loss_forward(
 def _(student_logits: Tensor, *args: object, reduction: str, need_parts: bool, **kwargs: object):
     shape = student_logits.shape[:-1] if reduction == "none" else ()
     return reduced_like(student_logits, shape, need_parts)
-
-
-class _KDLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student_logits, *inputs_and_settings):
-        *inputs, need_grad, overwrite, settings = inputs_and_settings
-        ctx.settings, ctx.overwrite = settings, overwrite
-        # A float16 gradient waits for the backward pass: a loss scale of 65536 must reach it before
-        # it is rounded.
-        ctx.deferred = student_logits.dtype == torch.float16
-        gradient = None
-        if need_grad and not ctx.deferred:
-            gradient = _gradient_buffer(student_logits, overwrite)
-        outputs = torch.ops.kdfast.kd_loss_forward(
-            student_logits, *inputs, None, gradient, **settings
-        )
-        ctx.save_for_backward(*((student_logits, *inputs) if ctx.deferred else (gradient,)))
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
-
-    @staticmethod
-    def backward(ctx, incoming, *_):
-        refuse_double_backward("kd_loss")
-        if ctx.deferred:
-            student_logits, *inputs = ctx.saved_tensors
-            gradient = _gradient_buffer(student_logits, ctx.overwrite and not graph_is_retained())
-            torch.ops.kdfast.kd_loss_forward(
-                student_logits, *inputs, incoming, gradient, **ctx.settings
-            )
-        else:
-            gradient = scale_gradient(ctx.saved_tensors[0], incoming)
-        return gradient, *[None] * 9
-
-
-def _gradient_buffer(student_logits: Tensor, overwrite: bool) -> Tensor:
-    if not overwrite:
-        return torch.empty_like(student_logits, memory_format=torch.contiguous_format)
-    # Whoever saved the logits for a backward pass of its own must be told that they are gone.
-    torch.autograd.graph.increment_version(student_logits)
-    return student_logits.detach()
 
 
 def kd_loss(
@@ -364,9 +287,10 @@ def kd_loss(
     )
     overwrite = overwrite_student_logits and not torch.compiler.is_compiling()
     if overwrite:
-        _check_overwritable(student_logits)
+        check_overwritable(student_logits)
 
-    total, soft, hard = _KDLoss.apply(
+    total, soft, hard = LossWithGradient.apply(
+        "kd_loss",
         student_logits,
         teacher_logits,
         *per_token,
@@ -375,15 +299,3 @@ def kd_loss(
         {**settings, "vocab_size": vocab_size},
     )
     return (total, soft, hard) if return_parts else total
-
-
-def _check_overwritable(student_logits: Tensor) -> None:
-    rows = _as_rows(student_logits)
-    repeated = any(
-        stride == 0 and size > 1 for stride, size in zip(rows.stride(), rows.shape, strict=True)
-    )
-    if repeated or rows.untyped_storage() is not student_logits.untyped_storage():
-        raise ValueError(
-            "overwrite_student_logits needs student_logits whose rows are contiguous and distinct "
-            f"in memory, got strides {student_logits.stride()}"
-        )

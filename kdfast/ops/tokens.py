@@ -56,10 +56,10 @@ def checked_keywords(
     if token_weight is not None:
         check_per_token("token_weight", token_weight, tokens, device, FLOATING)
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    temperature, temperature_per_token = _split_temperature(
+    temperature, temperature_per_token = split_temperature(
         "temperature", temperature, tokens, device
     )
-    teacher_temperature, teacher_temperature_per_token = _split_temperature(
+    teacher_temperature, teacher_temperature_per_token = split_temperature(
         "teacher_temperature", teacher_temperature, tokens, device
     )
     num_items = _checked_num_items(num_items, reduction, device)
@@ -77,9 +77,10 @@ def checked_keywords(
     }
 
 
-def _split_temperature(
+def split_temperature(
     name: str, temperature: float | Tensor, tokens: torch.Size, device: torch.device
 ) -> tuple[float, Tensor | None]:
+    """A temperature as an operator takes it: a number, and a tensor that replaces it."""
     if isinstance(temperature, Tensor):
         check_per_token(name, temperature, tokens, device, FLOATING)
         return 1.0, temperature
@@ -104,7 +105,7 @@ def _checked_num_items(
         check_detached("num_items", num_items)
         return num_items.reshape(()).to(device)
     check_number("num_items", num_items, 0, open_low=True)
-    return torch.full((), num_items, dtype=_accumulation_dtype(device), device=device)
+    return torch.full((), num_items, dtype=accumulation_dtype(device), device=device)
 
 
 def check_values(
@@ -126,7 +127,8 @@ def check_values(
             raise ValueError(f"{name} must be finite and above 0 for every token")
 
 
-def _accumulation_dtype(device: torch.device) -> torch.dtype:
+def accumulation_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of sums over tokens, and of what a device should take its time for."""
     return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
 
 
@@ -146,7 +148,7 @@ def token_share(
     """What each token's loss is multiplied by, 1 / N for a mean; None to keep tokens apart."""
     if reduction == "none":
         return None
-    real = _accumulation_dtype(device)
+    real = accumulation_dtype(device)
     if reduction == "sum":
         return torch.ones((), dtype=real, device=device)
     if num_items is not None:
@@ -164,7 +166,7 @@ def gradient_scale(share: Tensor | None, incoming: Tensor | None) -> Tensor | No
     """share · incoming, 0-d or one per token `[tokens]`; a factor that is None is 1."""
     if incoming is None:
         return share
-    incoming = incoming.to(_accumulation_dtype(incoming.device))
+    incoming = incoming.to(accumulation_dtype(incoming.device))
     if incoming.dim() > 0:
         incoming = incoming.flatten()
     return incoming if share is None else incoming * share

@@ -1,0 +1,357 @@
+#include "topk_kd_loss.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "pages.h"
+#include "softmax.h"
+
+namespace kdfast {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// p and q of an entry of the support, or of the bucket.
+struct Pair {
+  double log_p, log_q, p, q;
+};
+
+struct Terms {
+  double f, g;
+};
+
+// f and g = q · ∂f/∂q, whose sums make the value and the gradient (docs/math.md).
+Terms terms(Divergence divergence, const Pair& at, double beta) {
+  // p > 0, q > 0: an entry without probability contributes 0, not 0 * inf.
+  if (divergence == Divergence::kForwardKl)
+    return {at.p > 0 ? at.p * (at.log_p - at.log_q) : at.p, -at.p};
+  if (divergence == Divergence::kReverseKl) {
+    const double f = at.q > 0 ? at.q * (at.log_q - at.log_p) : at.q;
+    return {f, f};
+  }
+  const double mixture = beta * at.p + (1 - beta) * at.q;
+  const double log_mixture = std::log(mixture == 0 ? 1 : mixture);
+  const double from_p = at.p > 0 ? at.p * (at.log_p - log_mixture) : at.p;
+  const double from_q = at.q > 0 ? at.q * (at.log_q - log_mixture) : at.q;
+  const double log_part = at.q > 0 ? -std::log1p(beta * at.p / ((1 - beta) * at.q)) : 0;
+  return {beta * from_p + (1 - beta) * from_q, (1 - beta) * at.q * log_part};
+}
+
+// out = by_soft · soft + by_hard · hard, rounded once; without hard exponentials of its own `hard`
+// is null.
+template <class T, class Real>
+KDFAST_CLONES void combine(const Real* soft, Real by_soft, const Real* hard, Real by_hard,
+                           int64_t n, T* out) {
+  if (hard) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) from_real(soft[i] * by_soft + hard[i] * by_hard, out[i]);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) from_real(soft[i] * by_soft, out[i]);
+  }
+}
+
+// The entries of a row that exist: where they are, and what the teacher and the student have there.
+struct Support {
+  std::vector<int64_t> column;
+  std::vector<double> log_p, logit;
+  std::vector<double> p, q, hard_q;  // not normalised
+  std::vector<double> gradient;      // with respect to the student's logit
+  int64_t size = 0;
+
+  explicit Support(int64_t entries)
+      : column(entries),
+        log_p(entries),
+        logit(entries),
+        p(entries),
+        q(entries),
+        hard_q(entries),
+        gradient(entries) {}
+};
+
+// What one thread needs for a row.
+template <class Real>
+struct Scratch {
+  Support support;
+  std::vector<Real> outside, hard;  // exponentials of what lies off the support
+  std::vector<Real> shift;          // by how much, for each chunk
+  Real buffer[kChunk];
+
+  Scratch(int64_t entries, int64_t vocab, bool separate_hard)
+      : support(entries),
+        outside(vocab),
+        hard(separate_hard ? vocab : 0),
+        shift((vocab + kChunk - 1) / kChunk) {}
+};
+
+template <class Real>
+void read_entries(const TopkKdLossRows<Real>& call, int64_t row, Support& support) {
+  support.size = 0;
+  for (int64_t i = row * call.entries; i < (row + 1) * call.entries; ++i) {
+    if (call.indices[i] < 0) continue;
+    support.column[support.size] = call.indices[i];
+    support.log_p[support.size++] = call.log_probs[i];
+  }
+}
+
+// The softmax of what lies off the support, and its sum at temperature 1.
+template <class Real>
+struct Outside {
+  RunningSoftmax<Real> softmax;
+  double hard_sum = 0;
+};
+
+// Takes the entries' logits out of the row on the way: their share is added in double, so that what
+// is left of 1 beside them is a sum and no difference.
+template <class Real>
+Outside<Real> sweep(const TopkKdLossRows<Real>& call, const char* student, Real temperature,
+                    bool separate_hard, Scratch<Real>& scratch) {
+  Support& support = scratch.support;
+  Outside<Real> outside{{Real(kLog2E / temperature)}};
+  RunningSoftmax<Real>& softmax = outside.softmax;
+  int64_t entry = 0;
+  for (int64_t begin = 0; begin < call.vocab_size; begin += kChunk) {
+    const int64_t n = std::min(kChunk, call.vocab_size - begin);
+    const Real* x = load(student, call.student.dtype, begin, n, scratch.buffer);
+    if (entry < support.size && support.column[entry] < begin + n && x != scratch.buffer) {
+      std::copy(x, x + n, scratch.buffer);
+      x = scratch.buffer;
+    }
+    for (; entry < support.size && support.column[entry] < begin + n; ++entry) {
+      Real& logit = scratch.buffer[support.column[entry] - begin];
+      support.logit[entry] = logit;
+      logit = -std::numeric_limits<Real>::infinity();
+    }
+
+    const Real before = softmax.shift();
+    softmax.raise_max(max_of(x, n));
+    const Real shift = softmax.shift();
+    softmax.sum += exponentiate(x, n, shift, softmax.scale, scratch.outside.data() + begin);
+    scratch.shift[begin / kChunk] = shift;
+    if (separate_hard) {
+      outside.hard_sum *= std::exp(double(before) - shift);
+      outside.hard_sum += exponentiate(x, n, shift, Real(kLog2E), scratch.hard.data() + begin);
+    }
+  }
+  return outside;
+}
+
+// A softmax in two parts: the entries of the support, and the rest as one.
+struct Split {
+  double base, inverse_temperature;
+  double outside;  // Σ exp((s - base) / T) off the support
+  double total, log_total;
+  double log_outside;  // of its share in the total
+
+  double distance(double logit) const { return (logit - base) * inverse_temperature; }
+};
+
+// `outside_sum` is relative to `shift`. The entries' exponentials are left in `exponentials`.
+Split split(const Support& support, double inverse_temperature, double shift, double outside_sum,
+            std::vector<double>& exponentials) {
+  double base = outside_sum == 0 ? -kInfinity : shift;
+  for (int64_t j = 0; j < support.size; ++j) base = std::max(base, support.logit[j]);
+  if (base == -kInfinity) base = 0;
+  Split split{base, inverse_temperature, 0, 0, 0, -kInfinity};
+  if (outside_sum != 0) split.outside = outside_sum * std::exp(split.distance(shift));
+  split.total = split.outside;
+  for (int64_t j = 0; j < support.size; ++j) {
+    exponentials[j] = std::exp(split.distance(support.logit[j]));
+    split.total += exponentials[j];
+  }
+  split.log_total = std::log(split.total);
+  if (outside_sum != 0)
+    split.log_outside = std::log(outside_sum) + split.distance(shift) - split.log_total;
+  return split;
+}
+
+// The soft term, with its gradient in the scaled logits: the support's per entry, the rest's as a
+// whole, of which each column takes its part.
+struct SoftTerm {
+  double value, outside_gradient;
+};
+
+template <class Real>
+SoftTerm soft_term(const TopkKdLossRows<Real>& call, const Split& student, Support& support) {
+  // The teacher's p, and log Σp.
+  double max = -kInfinity, sum = 0;
+  for (int64_t j = 0; j < support.size; ++j) max = std::max(max, support.log_p[j]);
+  const double shift = max == -kInfinity ? 0 : max;
+  for (int64_t j = 0; j < support.size; ++j) {
+    support.p[j] = std::exp(support.log_p[j] - shift);
+    sum += support.p[j];
+  }
+  const double log_mass = shift + std::log(sum);
+  const bool renormalized = call.tail == Tail::kRenormalize || call.tail == Tail::kSupport;
+  const double log_factor = renormalized ? -log_mass : 0;
+  const double factor = std::exp(shift + log_factor);
+
+  double value = 0, g_sum = 0;
+  for (int64_t j = 0; j < support.size; ++j) {
+    const Pair pair{support.log_p[j] + log_factor,
+                    student.distance(support.logit[j]) - student.log_total, support.p[j] * factor,
+                    support.q[j] / student.total};
+    const Terms of_entry = terms(call.divergence, pair, call.beta);
+    value += of_entry.f;
+    g_sum += of_entry.g;
+    support.gradient[j] = of_entry.g;
+  }
+  double outside_gradient = 0;
+  const double outside_q = std::exp(student.log_outside);
+  if (call.tail == Tail::kBucket) {
+    // What rounding makes 1 or more leaves nothing, and so does a support that leaves no column.
+    const bool nothing = log_mass >= 0 || support.size == call.vocab_size;
+    const double p = nothing ? 0 : -std::expm1(log_mass);
+    double log_p = std::log(p);
+    if (nothing && call.divergence == Divergence::kReverseKl)
+      log_p = std::log(call.smallest_bucket);
+    const Pair pair{log_p, student.log_outside, p, outside_q};
+    const Terms of_bucket = terms(call.divergence, pair, call.beta);
+    value += of_bucket.f;
+    g_sum += of_bucket.g;
+    outside_gradient = of_bucket.g;
+  }
+  // Comparisons swallow a NaN of either side, and a row without any probability.
+  if (std::isnan(log_mass) || !(student.total > 0) || (renormalized && log_mass == -kInfinity))
+    value = g_sum = kNaN;
+  for (int64_t j = 0; j < support.size; ++j)
+    support.gradient[j] -= support.q[j] / student.total * g_sum;
+  if (call.tail != Tail::kSupport) outside_gradient -= outside_q * g_sum;
+  return {value, outside_gradient};
+}
+
+template <class Real>
+void row_loss(const TopkKdLossRows<Real>& call, int64_t row, Scratch<Real>& scratch) {
+  const int64_t outer = row / call.inner_rows, inner = row % call.inner_rows;
+  const int64_t rows = call.outer_rows * call.inner_rows;
+  const bool need_gradient = call.gradient.data != nullptr;
+  const int64_t label = call.labels.at(row, 0);
+  char* gradient_row = need_gradient ? call.gradient.row(outer, inner) : nullptr;
+  const int64_t gradient_item = size_of(call.gradient.dtype);
+
+  if (call.labels.data && label == call.ignore_index) {
+    for (int part = 0; part < 3; ++part) call.losses[part * rows + row] = 0;
+    if (need_gradient) std::memset(gradient_row, 0, call.width * gradient_item);
+    return;
+  }
+
+  const char* student_row = call.student.row(outer, inner);
+  const Real temperature = call.temperature.at(row, 1);
+  const bool separate_hard = call.need_hard && temperature != 1;
+  Support& support = scratch.support;
+  read_entries(call, row, support);
+  // The labels' logit, before the gradient takes its place.
+  double label_logit = 0;
+  if (call.need_hard)
+    label_logit = *load(student_row, call.student.dtype, label, 1, scratch.buffer);
+
+  Outside<Real> outside{{Real(kLog2E / temperature)}};
+  if (call.tail != Tail::kSupport || call.need_hard) {
+    outside = sweep(call, student_row, temperature, separate_hard, scratch);
+  } else {
+    for (int64_t j = 0; j < support.size; ++j)
+      support.logit[j] =
+          *load(student_row, call.student.dtype, support.column[j], 1, scratch.buffer);
+  }
+  const double shift = outside.softmax.shift();
+  // Of the scale that the exponentials were taken with, which float32 rounded.
+  const double inverse_temperature = double(outside.softmax.scale) * kLn2;
+  const double soft_sum = call.tail == Tail::kSupport ? 0 : outside.softmax.sum;
+  const Split soft_split = split(support, inverse_temperature, shift, soft_sum, support.q);
+  const SoftTerm soft = soft_term(call, soft_split, support);
+  Split hard_split{};
+  if (separate_hard)
+    hard_split = split(support, 1, shift, outside.hard_sum, support.hard_q);
+  else if (call.need_hard)
+    hard_split = split(support, inverse_temperature, shift, outside.softmax.sum, support.hard_q);
+  const double hard = call.need_hard ? hard_split.log_total - hard_split.distance(label_logit) : 0;
+  const double weight = call.token_weight.at(row, 1);
+  const double t2 = call.scale_t2 ? double(temperature) * temperature : 1;
+  // A share of 0 takes its term out, infinite or not.
+  const double total = (call.alpha > 0 ? call.alpha * t2 * soft.value : 0) +
+                       (call.alpha < 1 ? (1 - call.alpha) * hard : 0);
+  call.losses[row] = Real(weight * total);
+  call.losses[rows + row] = Real(weight * soft.value);
+  call.losses[2 * rows + row] = Real(weight * hard);
+  if (!need_gradient) return;
+
+  const double scale = weight * call.grad_scale.at(row, 1);
+  const double soft_scale = scale * call.alpha * t2 / temperature;
+  const double hard_scale = call.need_hard ? scale * (1 - call.alpha) : 0;
+  for (int64_t j = 0; j < support.size; ++j) {
+    double& gradient = support.gradient[j];
+    gradient = call.alpha > 0 ? soft_scale * gradient : 0;
+    if (hard_scale == 0) continue;
+    gradient += hard_scale * support.hard_q[j] / hard_split.total;
+    if (support.column[j] == label) gradient -= hard_scale;
+  }
+  // Of all columns off the support together.
+  double outside_gradient = call.alpha > 0 ? soft_scale * soft.outside_gradient : 0;
+  if (hard_scale != 0 && !separate_hard)
+    outside_gradient += hard_scale * hard_split.outside / hard_split.total;
+
+  with_elements<Real>(gradient_row, call.gradient.dtype, [&](auto* gradient) {
+    using Element = std::remove_pointer_t<decltype(gradient)>;
+    if (call.tail == Tail::kSupport && hard_scale == 0) {
+      std::memset(gradient_row, 0, call.width * gradient_item);
+      for (int64_t j = 0; j < support.size; ++j)
+        from_real(Real(support.gradient[j]), gradient[support.column[j]]);
+      return;
+    }
+    int64_t entry = 0;
+    for (int64_t begin = 0; begin < call.vocab_size; begin += kChunk) {
+      const int64_t n = std::min(kChunk, call.vocab_size - begin);
+      const Real chunk_shift = scratch.shift[begin / kChunk];
+      const double decay = std::exp2((double(chunk_shift) - shift) * outside.softmax.scale);
+      const double sum = outside.softmax.sum;
+      const Real by_soft = Real(sum == 0 ? 0 : outside_gradient * decay / sum);
+      const Real* soft_exp = scratch.outside.data() + begin;
+      const Real* hard_exp =
+          separate_hard && hard_scale != 0 ? scratch.hard.data() + begin : nullptr;
+      const Real by_hard =
+          Real(hard_scale * std::exp(double(chunk_shift) - hard_split.base) / hard_split.total);
+      Element* out = gradient + begin;
+      combine(soft_exp, by_soft, hard_exp, by_hard, n, out);
+      if (hard_scale != 0 && label >= begin && label < begin + n) {
+        const int64_t at = label - begin;
+        const Real of_hard = hard_exp ? hard_exp[at] * by_hard : Real(0);
+        from_real(soft_exp[at] * by_soft + of_hard - Real(hard_scale), out[at]);
+      }
+      for (; entry < support.size && support.column[entry] < begin + n; ++entry)
+        from_real(Real(support.gradient[entry]), gradient[support.column[entry]]);
+    }
+    std::memset(gradient_row + call.vocab_size * gradient_item, 0,
+                (call.width - call.vocab_size) * gradient_item);
+  });
+}
+
+}  // namespace
+
+template <class Real>
+void topk_kd_loss_rows(const TopkKdLossRows<Real>& call) {
+  const int64_t rows = call.outer_rows * call.inner_rows;
+  if (rows == 0) return;
+  if (call.gradient.data && call.gradient.data != call.student.data)
+    prefer_huge_pages(call.gradient.data, rows * call.width * size_of(call.gradient.dtype));
+  const int threads = static_cast<int>(std::min<int64_t>(call.threads, rows));
+  std::vector<Scratch<Real>> scratch(threads,
+                                     Scratch<Real>(call.entries, call.vocab_size, call.need_hard));
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch<Real>& mine = scratch[thread_index()];
+    // Rows that follow one another: two threads that touch a fresh page of 2 MiB at once would both
+    // clear it.
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) row_loss(call, row, mine);
+  }
+}
+
+template void topk_kd_loss_rows(const TopkKdLossRows<float>&);
+template void topk_kd_loss_rows(const TopkKdLossRows<double>&);
+
+}  // namespace kdfast

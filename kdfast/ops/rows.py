@@ -1,0 +1,59 @@
+"""Logits as kernels take them: in rows, and by their addresses."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """`[outer, inner, V]` with unit stride along V; a view of `logits[:, :-1]` too, not a copy."""
+    *leading, width = logits.shape
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    inner = leading[-1] if leading else 1
+    return logits.reshape(math.prod(leading[:-1]), inner, width)
+
+
+def in_rows(values: Tensor | float | None, leading: torch.Size) -> Tensor | float | None:
+    """Values per row in the shape of the rows' leading dimensions; one for all rows stays one."""
+    single = not isinstance(values, Tensor) or values.numel() == 1 != leading.numel()
+    return values if single else values.view(leading)
+
+
+class Addresses:
+    """What a C++ kernel is given for tensors. It holds on to the tensors that a conversion made."""
+
+    def __init__(self) -> None:
+        self._keep = []
+
+    def matrix(self, rows: Tensor | None) -> tuple[int, int, int, str]:
+        """Address, strides of the two leading dimensions and dtype."""
+        if rows is None:
+            return 0, 0, 0, "float32"
+        return rows.data_ptr(), *rows.stride()[:2], str(rows.dtype).removeprefix("torch.")
+
+    def per_row(self, values: Tensor | float | None, dtype: torch.dtype) -> tuple[int, int]:
+        """The address of one value per row, and the step between them: 0 repeats a single value."""
+        if values is None:
+            return 0, 0
+        if not isinstance(values, Tensor):
+            values = torch.tensor(values, dtype=dtype)
+        return self.contiguous(values, dtype), int(values.dim() > 0)
+
+    def contiguous(self, values: Tensor, dtype: torch.dtype) -> int:
+        values = values.to(dtype).contiguous()
+        self._keep.append(values)
+        return values.data_ptr()
+
+
+def check_overwritable(student_logits: Tensor) -> None:
+    rows = as_rows(student_logits)
+    repeated = any(
+        stride == 0 and size > 1 for stride, size in zip(rows.stride(), rows.shape, strict=True)
+    )
+    if repeated or rows.untyped_storage() is not student_logits.untyped_storage():
+        raise ValueError(
+            "overwrite_student_logits needs student_logits whose rows are contiguous and distinct "
+            f"in memory, got strides {student_logits.stride()}"
+        )
