@@ -10,7 +10,7 @@ from tolerances import assert_gradient_close, assert_loss_close, relative_error
 
 import kdfast
 from kdfast import reference
-from kdfast.ops.linear_kd_loss import _float16_headroom
+from kdfast.ops.head import float16_headroom
 from kdfast.reference import DIVERGENCES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -364,14 +364,14 @@ def test_a_loss_scale_is_inside_the_rounding(dtype):
         assert_gradient_close(gradient, expected[name] * 65536 / 1e9)
 
 
-def test_float16_headroom():
+def testfloat16_headroom():
     for temperature, weight in (
         (1.0, None),
         (20.0, None),
         (torch.tensor([1.0, 8.0]), torch.rand(2)),
     ):
         scale = torch.tensor(1e-6, dtype=torch.float64)
-        factor = _float16_headroom(scale, weight, temperature, True, 1.0)
+        factor = float16_headroom(scale, weight, temperature, True, 1.0)
         largest = (1 if weight is None else weight) * torch.as_tensor(temperature) * scale * factor
         assert 2**7 <= largest.max() <= 2**8
         assert factor.log2() == factor.log2().round()

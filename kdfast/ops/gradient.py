@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from kdfast.ops import registry
+from kdfast.ops.head import wide_dtype
+from kdfast.ops.memory import fresh
 
 registry.library.define("scale_gradient_(Tensor(a!) gradient, Tensor incoming) -> ()")
 
@@ -120,3 +122,71 @@ def _gradient_buffer(student_logits: Tensor, overwrite: bool) -> Tensor:
     # Whoever saved the logits for a backward pass of its own must be told that they are gone.
     torch.autograd.graph.increment_version(student_logits)
     return student_logits.detach()
+
+
+class LinearLossWithGradients(torch.autograd.Function):
+    """The same of an output head: `kdfast::OPERATION_forward` fills the gradients that are needed.
+
+    Called with the operation's name, the student's hidden states `[..., H]`, its head's weight
+    `[V, H]` and bias, the operator's other tensors up to `incoming`, which of the three gradients
+    are needed, and the operator's settings by name. A setting `weight_rows`, columns of the logits
+    in ascending order, says which rows of the weight have a gradient, which then is sparse.
+    """
+
+    @staticmethod
+    def forward(ctx, operation, student_hidden, student_weight, student_bias, *inputs_and_settings):
+        *inputs, needed, settings = inputs_and_settings
+        student = (student_hidden, student_weight, student_bias)
+        ctx.operation, ctx.needed, ctx.settings = operation, needed, settings
+        # Without a reduction every token has an incoming gradient of its own, which a sum over
+        # tokens must wait for.
+        ctx.deferred = settings["reduction"] == "none" and any(needed[1:])
+        gradients = [None] * 3
+        if not ctx.deferred:
+            gradients = _gradient_buffers(student, needed, settings.get("weight_rows"))
+        operator = getattr(torch.ops.kdfast, f"{operation}_forward")
+        outputs = operator(*student, *inputs, None, *gradients, **settings)
+        ctx.student = [None if x is None else (x.shape, x.dtype) for x in student]
+        ctx.save_for_backward(*((*student, *inputs) if ctx.deferred else gradients))
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.inputs = len(inputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, incoming, *_):
+        refuse_double_backward(ctx.operation)
+        weight_rows = ctx.settings.get("weight_rows")
+        if ctx.deferred:
+            student, inputs = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+            gradients = _gradient_buffers(student, ctx.needed, weight_rows)
+            operator = getattr(torch.ops.kdfast, f"{ctx.operation}_forward")
+            operator(*student, *inputs, incoming, *gradients, **ctx.settings)
+        else:
+            gradients = [
+                None if gradient is None else scale_gradient(gradient, incoming)
+                for gradient in ctx.saved_tensors
+            ]
+        # Half precision is rounded to once, with the incoming scale inside.
+        gradients = [
+            None if gradient is None else gradient.to(of[1])
+            for gradient, of in zip(gradients, ctx.student, strict=True)
+        ]
+        if weight_rows is not None and gradients[1] is not None:
+            gradients[1] = torch.sparse_coo_tensor(
+                weight_rows[None], gradients[1], ctx.student[1][0], is_coalesced=True
+            )
+        # For the operation's name before them, and the two settings behind the inputs.
+        return None, *gradients, *[None] * (ctx.inputs + 2)
+
+
+def _gradient_buffers(
+    student: tuple[Tensor | None, ...], needed: tuple[bool, ...], weight_rows: Tensor | None
+) -> list[Tensor | None]:
+    wide = wide_dtype(student[0].dtype, student[1].dtype)
+    shapes = [None if tensor is None else tensor.shape for tensor in student]
+    if weight_rows is not None:
+        shapes[1] = (len(weight_rows), shapes[1][1])
+    return [
+        fresh(*shape, dtype=wide, device=student[0].device) if need else None
+        for shape, need in zip(shapes, needed, strict=True)
+    ]

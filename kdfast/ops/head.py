@@ -1,11 +1,13 @@
 """A language model's output head, taken some rows at a time: its logits, and its gradients."""
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from kdfast.ops.arguments import check_floating, check_number, check_same_device, check_shape
 from kdfast.ops.memory import fresh
 
 # What one chunk may take, where KDFAST_CHUNK_BYTES does not say. A CPU's caches are long outgrown,
@@ -174,3 +176,142 @@ def chunks_of(
         if len(counted) < rows:
             return counted.split(size) if len(counted) else ()
     return tuple(slice(begin, min(begin + size, rows)) for begin in range(0, rows, size))
+
+
+def largest(chunks: tuple[slice | Tensor, ...], rows: int) -> int:
+    """The rows of the largest of the chunks of `rows` rows."""
+    sizes = (
+        len(chunk) if isinstance(chunk, Tensor) else len(range(rows)[chunk]) for chunk in chunks
+    )
+    return max(sizes, default=0)
+
+
+def sweep(
+    student: Head,
+    chunk_losses: Callable[[slice | Tensor, Tensor, Tensor | None], Tensor],
+    gradients: HeadGradients,
+    chunks: tuple[slice | Tensor, ...],
+    counted: Tensor | None,
+    spare: Tensor | None = None,
+) -> Tensor:
+    """Total, soft and hard of every row, `[3, rows]`, and the gradients that are wanted.
+
+    Args:
+        chunk_losses: of a chunk, its logits `[1, rows, V]` and where to write their gradient (None
+            where none is wanted): `[3, rows]`. The gradient may take the logits' place.
+        chunks: the rows of each chunk; rows in none have a loss of 0.
+        counted: `[rows]`, False where a chunk holds a row that does not count; None if none does.
+        spare: `[rows of the largest chunk, V]`, which the gradient may overwrite.
+    """
+    device, vocab, wide = student.hidden.device, len(student.weight), wide_dtype(student.dtype)
+    losses = torch.zeros(3, len(student.hidden), dtype=wide, device=device)
+    size = largest(chunks, len(student.hidden))
+    buffer = logits_buffer(size, vocab, wide, device)
+    # The gradient takes the place of the student's logits, unless they are still needed or it is
+    # narrower.
+    gradient_buffer = buffer
+    if gradients.wanted() and student.dtype in HALF:
+        gradient_buffer = logits_buffer(size, vocab, student.dtype, device)
+    elif gradients.wanted() and student.softcap is not None:
+        gradient_buffer = logits_buffer(size, vocab, wide, device) if spare is None else spare
+
+    for chunk in chunks:
+        rows = student.hidden[chunk].to(student.dtype)
+        logits = student.logits(rows, buffer[: len(rows)])
+        gradient = gradient_buffer[None, : len(rows)] if gradients.wanted() else None
+        losses[:, chunk] = chunk_losses(chunk, logits[None], gradient)
+        if gradient is None:
+            continue
+        if student.softcap is not None:
+            student.uncap(gradient[0], logits)
+        if counted is not None:
+            # A row that does not count has a gradient of 0, which a NaN must not meet.
+            rows = torch.where(counted[chunk, None], rows, 0)
+        gradients.add(student, chunk, rows, gradient[0])
+    gradients.finish()
+    return losses
+
+
+def rows_of(values: tuple[float | Tensor | None, ...], chunk: slice | Tensor) -> Iterator:
+    """A chunk's part of values that are each `[rows]`, or one for all."""
+    for value in values:
+        yield value[chunk] if isinstance(value, Tensor) and value.dim() > 0 else value
+
+
+def float16_headroom(
+    scale: Tensor,
+    token_weight: Tensor | None,
+    temperature: float | Tensor,
+    scale_t2: bool,
+    alpha: float,
+) -> Tensor:
+    """A power of two that brings the entries of a float16 gradient near 2⁸.
+
+    There is room above for the logarithms of a reverse KL, and below for probabilities of 1e-10.
+    """
+    largest = scale.abs() * (alpha * (temperature if scale_t2 else 1 / temperature) + (1 - alpha))
+    if token_weight is not None:
+        largest = largest * token_weight.abs()
+    largest = largest.amax().float().clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.exp2(8 - largest.log2().ceil())
+
+
+def checked_head(
+    owner: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    device: torch.device,
+    sharded: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, float, float | None]:
+    check_floating(f"{owner}_hidden", hidden)
+    if _is_dtensor(hidden):
+        raise ValueError(
+            f"{owner}_hidden must be a plain tensor, got a DTensor: pass {owner}_hidden.to_local()"
+            " (and process_group, where the vocabulary is sharded)"
+        )
+    check_floating(f"{owner}_weight", weight)
+    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{owner}_weight must be [vocab, {hidden.shape[-1] if hidden.dim() else 'hidden'}] for "
+            f"{owner}_hidden of shape {tuple(hidden.shape)}, got {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        check_floating(f"{owner}_bias", bias)
+        check_shape(f"{owner}_bias", bias, weight.shape[:1], f"{owner}_weight's rows")
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            check_same_device(f"{owner}_{name}", tensor, device)
+    check_number(f"{owner}_logit_scale", scale, 0, open_low=True)
+    if softcap is not None:
+        check_number(f"{owner}_softcap", softcap, 0, open_low=True)
+    weight, bias = (
+        _gathered(f"{owner}_{name}", tensor, sharded)
+        for name, tensor in (("weight", weight), ("bias", bias))
+    )
+    return hidden, weight, bias, float(scale), None if softcap is None else float(softcap)
+
+
+def _is_dtensor(tensor: Tensor | None) -> bool:
+    # Imported by whoever made one.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _gathered(name: str, tensor: Tensor | None, sharded: bool) -> Tensor | None:
+    """A DTensor whole, as FSDP2 gathers a parameter: every rank has a batch of its own.
+
+    So every rank has a gradient of its own, and the shards' gradient is their mean.
+    """
+    if not _is_dtensor(tensor):
+        return tensor
+    if sharded:
+        raise ValueError(
+            f"{name} must be this rank's shard of the vocabulary where there is a process_group, "
+            f"got a DTensor: pass {name}.to_local()"
+        )
+    from torch.distributed.tensor import Partial
+
+    return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)

@@ -5,7 +5,6 @@ gradients that the forward pass computed, and the operator takes the rows in chu
 both heads, the row kernel of `kd_loss` in place, the two products of the gradient.
 """
 
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -17,27 +16,26 @@ from kdfast.ops import registry, vocab_parallel
 from kdfast.ops.arguments import (
     check_count,
     check_detached,
-    check_floating,
-    check_number,
-    check_same_device,
-    check_shape,
     checked_vocab_size,
     values_are_checked,
 )
-from kdfast.ops.gradient import refuse_double_backward, scale_gradient
+from kdfast.ops.gradient import LinearLossWithGradients
 from kdfast.ops.head import (
-    HALF,
     Head,
     HeadGradients,
+    checked_head,
     chunk_budget,
     chunks_of,
+    float16_headroom,
+    largest,
     logits_buffer,
     product_dtype,
+    rows_of,
     rows_within,
+    sweep,
     wide_dtype,
 )
 from kdfast.ops.kd_loss import BACKENDS
-from kdfast.ops.memory import fresh
 from kdfast.ops.tokens import (
     check_values,
     checked_keywords,
@@ -47,25 +45,6 @@ from kdfast.ops.tokens import (
     token_share,
 )
 from kdfast.reference import canonical_divergence
-
-
-def _float16_headroom(
-    scale: Tensor,
-    token_weight: Tensor | None,
-    temperature: float | Tensor,
-    scale_t2: bool,
-    alpha: float,
-) -> Tensor:
-    """A power of two that brings the entries of a float16 gradient near 2⁸.
-
-    There is room above for the logarithms of a reverse KL, and below for probabilities of 1e-10.
-    """
-    largest = scale.abs() * (alpha * (temperature if scale_t2 else 1 / temperature) + (1 - alpha))
-    if token_weight is not None:
-        largest = largest * token_weight.abs()
-    largest = largest.amax().float().clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.exp2(8 - largest.log2().ceil())
-
 
 registry.library.define(
     "linear_kd_loss_forward(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
@@ -165,7 +144,7 @@ def _linear_kd_loss_forward(
     grad_scale = grad_scale * student_logit_scale
     headroom = None
     if dtype == torch.float16:
-        headroom = _float16_headroom(grad_scale, token_weight, temperature, scale_t2, alpha)
+        headroom = float16_headroom(grad_scale, token_weight, temperature, scale_t2, alpha)
         grad_scale = grad_scale * headroom
 
     options = {
@@ -186,7 +165,7 @@ def _linear_kd_loss_forward(
     # Ranks whose shards differ in size take the same chunks: they meet in each.
     size = chunk_size or rows_within(chunk_bytes, widest_shard, dtype, temporaries)
     with torch.autocast(device.type, enabled=False):
-        losses = _sweep(
+        losses = _swept(
             student,
             teacher,
             (labels, token_weight, temperature, teacher_temperature, grad_scale.to(wide)),
@@ -204,7 +183,7 @@ def _linear_kd_loss_forward(
     return reduce(losses, share, tokens, need_parts)
 
 
-def _sweep(
+def _swept(
     student: Head,
     teacher: Head,
     per_token: tuple[float | Tensor | None, ...],
@@ -213,45 +192,18 @@ def _sweep(
     row_losses: Callable[..., Tensor],
     counted: Tensor | None,
 ) -> Tensor:
-    """Total, soft and hard of every row, `[3, rows]`, and the gradients that are wanted.
+    """`sweep` with the logits of two heads; `per_token` is what `row_losses` takes beside them."""
+    vocab, wide = len(teacher.weight), wide_dtype(teacher.dtype)
+    teacher_buffer = logits_buffer(
+        largest(chunks, len(teacher.hidden)), vocab, wide, teacher.hidden.device
+    )
 
-    Args:
-        per_token: what `row_losses` takes beside the logits, each `[rows]` or one for all.
-        chunks: the rows of each chunk; rows in none have a loss of 0.
-        row_losses: of a chunk's logits, the gradient written where it is told.
-        counted: `[rows]`, False where a chunk holds a row that does not count; None if none does.
-    """
-    device, vocab, wide = student.hidden.device, len(student.weight), wide_dtype(student.dtype)
-    losses = torch.zeros(3, len(student.hidden), dtype=wide, device=device)
-    size = max((len(student.hidden[chunk]) for chunk in chunks), default=0)
-    student_buffer, teacher_buffer = (logits_buffer(size, vocab, wide, device) for _ in range(2))
-    # The gradient takes the place of the student's logits, unless they are still needed or it is
-    # narrower.
-    gradient_buffer = student_buffer if student.softcap is None else teacher_buffer
-    if gradients.wanted() and student.dtype in HALF:
-        gradient_buffer = logits_buffer(size, vocab, student.dtype, device)
+    def chunk_losses(chunk: slice | Tensor, logits: Tensor, gradient: Tensor | None) -> Tensor:
+        rows = teacher.hidden[chunk].to(teacher.dtype)
+        teacher_logits = teacher.logits(rows, teacher_buffer[: len(rows)])
+        return row_losses(logits, teacher_logits[None], *rows_of(per_token, chunk), gradient)
 
-    for chunk in chunks:
-        rows = student.hidden[chunk].to(student.dtype)
-        logits = student.logits(rows, student_buffer[: len(rows)])
-        teacher_rows = teacher.hidden[chunk].to(teacher.dtype)
-        teacher_logits = teacher.logits(teacher_rows, teacher_buffer[: len(rows)])
-        gradient = gradient_buffer[None, : len(rows)] if gradients.wanted() else None
-        of_chunk = (
-            value[chunk] if isinstance(value, Tensor) and value.dim() > 0 else value
-            for value in per_token
-        )
-        losses[:, chunk] = row_losses(logits[None], teacher_logits[None], *of_chunk, gradient)
-        if gradient is None:
-            continue
-        if student.softcap is not None:
-            student.uncap(gradient[0], logits)
-        if counted is not None:
-            # A row that does not count has a gradient of 0, which a NaN must not meet.
-            rows = torch.where(counted[chunk, None], rows, 0)
-        gradients.add(student, chunk, rows, gradient[0])
-    gradients.finish()
-    return losses
+    return sweep(student, chunk_losses, gradients, chunks, counted, spare=teacher_buffer)
 
 
 @torch.library.register_fake("kdfast::linear_kd_loss_forward", lib=registry.library)
@@ -259,54 +211,6 @@ def _(student_hidden: Tensor, student_weight: Tensor, *args: object, **settings:
     shape = student_hidden.shape[:-1] if settings["reduction"] == "none" else ()
     dtype = torch.promote_types(student_hidden.dtype, student_weight.dtype)
     return reduced_like(student_hidden.to(dtype), shape, settings["need_parts"])
-
-
-class _LinearKDLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student_hidden, student_weight, student_bias, *inputs_and_settings):
-        *inputs, needed, settings = inputs_and_settings
-        student = (student_hidden, student_weight, student_bias)
-        ctx.settings, ctx.needed = settings, needed
-        # Without a reduction every token has an incoming gradient of its own, which a sum over
-        # tokens must wait for.
-        ctx.deferred = settings["reduction"] == "none" and any(needed[1:])
-        gradients = [None] * 3 if ctx.deferred else _gradient_buffers(student, needed)
-        outputs = torch.ops.kdfast.linear_kd_loss_forward(
-            *student, *inputs, None, *gradients, **settings
-        )
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in student]
-        ctx.save_for_backward(*((*student, *inputs) if ctx.deferred else gradients))
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
-
-    @staticmethod
-    def backward(ctx, incoming, *_):
-        refuse_double_backward("linear_kd_loss")
-        if ctx.deferred:
-            student, inputs = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-            gradients = _gradient_buffers(student, ctx.needed)
-            torch.ops.kdfast.linear_kd_loss_forward(
-                *student, *inputs, incoming, *gradients, **ctx.settings
-            )
-        else:
-            gradients = [
-                None if gradient is None else scale_gradient(gradient, incoming)
-                for gradient in ctx.saved_tensors
-            ]
-        # Half precision is rounded to once, with the incoming scale inside.
-        gradients = [
-            None if gradient is None else gradient.to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        ]
-        return *gradients, *[None] * 10
-
-
-def _gradient_buffers(student: tuple, needed: tuple[bool, ...]) -> list[Tensor | None]:
-    wide = wide_dtype(student[0].dtype, student[1].dtype)
-    return [
-        fresh(*tensor.shape, dtype=wide, device=tensor.device) if need else None
-        for tensor, need in zip(student, needed, strict=True)
-    ]
 
 
 def linear_kd_loss(
@@ -409,7 +313,7 @@ def linear_kd_loss(
         tensors, needed, settings = prepare()
     else:
         tensors, needed, settings = vocab_parallel.agreed(prepare, process_group)
-    total, soft, hard = _LinearKDLoss.apply(*tensors, needed, settings)
+    total, soft, hard = LinearLossWithGradients.apply("linear_kd_loss", *tensors, needed, settings)
     return (total, soft, hard) if return_parts else total
 
 
@@ -425,8 +329,8 @@ def _prepared(
 ) -> tuple[tuple, tuple[bool, ...], dict[str, object]]:
     """The arguments, checked, as the operator takes them."""
     device = student[0].device if isinstance(student[0], Tensor) else None
-    student = _checked_head("student", *student, device, sharded)
-    teacher = _checked_head("teacher", *teacher, device, sharded)
+    student = checked_head("student", *student, device, sharded)
+    teacher = checked_head("teacher", *teacher, device, sharded)
     for name, tensor in zip(("hidden", "weight", "bias"), teacher, strict=False):
         check_detached(f"teacher_{name}", tensor)
     tokens = student[0].shape[:-1]
@@ -467,64 +371,3 @@ def _prepared(
         "widest_shard": vocab_size,
     }
     return (*student[:3], *teacher[:3], *per_token), needed, settings
-
-
-def _checked_head(
-    owner: str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    device: torch.device,
-    sharded: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, float, float | None]:
-    check_floating(f"{owner}_hidden", hidden)
-    if _is_dtensor(hidden):
-        raise ValueError(
-            f"{owner}_hidden must be a plain tensor, got a DTensor: pass {owner}_hidden.to_local()"
-            " (and process_group, where the vocabulary is sharded)"
-        )
-    check_floating(f"{owner}_weight", weight)
-    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"{owner}_weight must be [vocab, {hidden.shape[-1] if hidden.dim() else 'hidden'}] for "
-            f"{owner}_hidden of shape {tuple(hidden.shape)}, got {tuple(weight.shape)}"
-        )
-    if bias is not None:
-        check_floating(f"{owner}_bias", bias)
-        check_shape(f"{owner}_bias", bias, weight.shape[:1], f"{owner}_weight's rows")
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            check_same_device(f"{owner}_{name}", tensor, device)
-    check_number(f"{owner}_logit_scale", scale, 0, open_low=True)
-    if softcap is not None:
-        check_number(f"{owner}_softcap", softcap, 0, open_low=True)
-    weight, bias = (
-        _gathered(f"{owner}_{name}", tensor, sharded)
-        for name, tensor in (("weight", weight), ("bias", bias))
-    )
-    return hidden, weight, bias, float(scale), None if softcap is None else float(softcap)
-
-
-def _is_dtensor(tensor: Tensor | None) -> bool:
-    # Imported by whoever made one.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def _gathered(name: str, tensor: Tensor | None, sharded: bool) -> Tensor | None:
-    """A DTensor whole, as FSDP2 gathers a parameter: every rank has a batch of its own.
-
-    So every rank has a gradient of its own, and the shards' gradient is their mean.
-    """
-    if not _is_dtensor(tensor):
-        return tensor
-    if sharded:
-        raise ValueError(
-            f"{name} must be this rank's shard of the vocabulary where there is a process_group, "
-            f"got a DTensor: pass {name}.to_local()"
-        )
-    from torch.distributed.tensor import Partial
-
-    return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
