@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "cpu/kd_loss.h"
+#include "cpu/linear_topk_kd_loss.h"
 #include "cpu/pages.h"
 #include "cpu/topk_kd_loss.h"
 #include "cpu/truncated_softmax.h"
@@ -120,6 +121,48 @@ void topk_kd_loss_rows(const MatrixTuple& student, const MatrixTuple& gradient, 
   kdfast::topk_kd_loss_rows(call);
 }
 
+template <class Real>
+void entry_logits(const MatrixTuple& hidden, const MatrixTuple& weight, Address indices,
+                  int64_t rows, int64_t entries, int64_t width, Address logits, int threads) {
+  const kdfast::EntryLogits<Real> call{
+      matrix(hidden), matrix(weight), reinterpret_cast<const int64_t*>(indices), rows,
+      entries,        width,          reinterpret_cast<Real*>(logits),           threads};
+  py::gil_scoped_release release;
+  kdfast::entry_logits(call);
+}
+
+template <class Real>
+void entry_hidden_gradient(Address gradient, const MatrixTuple& weight, Address indices,
+                           int64_t rows, int64_t entries, int64_t width, Address out, int threads) {
+  const kdfast::EntryHiddenGradient<Real> call{reinterpret_cast<const Real*>(gradient),
+                                               matrix(weight),
+                                               reinterpret_cast<const int64_t*>(indices),
+                                               rows,
+                                               entries,
+                                               width,
+                                               reinterpret_cast<Real*>(out),
+                                               threads};
+  py::gil_scoped_release release;
+  kdfast::entry_hidden_gradient(call);
+}
+
+template <class Real>
+void entry_weight_gradient(Address gradient, const MatrixTuple& hidden, Address order,
+                           Address offsets, int64_t entries, int64_t width, int64_t out_rows,
+                           Address out, int threads) {
+  const kdfast::EntryWeightGradient<Real> call{reinterpret_cast<const Real*>(gradient),
+                                               matrix(hidden),
+                                               reinterpret_cast<const int64_t*>(order),
+                                               reinterpret_cast<const int64_t*>(offsets),
+                                               entries,
+                                               width,
+                                               out_rows,
+                                               reinterpret_cast<Real*>(out),
+                                               threads};
+  py::gil_scoped_release release;
+  kdfast::entry_weight_gradient(call);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -160,4 +203,22 @@ PYBIND11_MODULE(_C, module) {
   };
   define_topk_kd_loss_rows("topk_kd_loss_rows_float32", topk_kd_loss_rows<float>);
   define_topk_kd_loss_rows("topk_kd_loss_rows_float64", topk_kd_loss_rows<double>);
+
+  const auto define_entry_functions = [&module](const std::string& type, auto logits,
+                                                auto hidden_gradient, auto weight_gradient) {
+    module.def(("entry_logits_" + type).c_str(), logits, py::kw_only(), py::arg("hidden"),
+               py::arg("weight"), py::arg("indices"), py::arg("rows"), py::arg("entries"),
+               py::arg("width"), py::arg("logits"), py::arg("threads"));
+    module.def(("entry_hidden_gradient_" + type).c_str(), hidden_gradient, py::kw_only(),
+               py::arg("gradient"), py::arg("weight"), py::arg("indices"), py::arg("rows"),
+               py::arg("entries"), py::arg("width"), py::arg("out"), py::arg("threads"));
+    module.def(("entry_weight_gradient_" + type).c_str(), weight_gradient, py::kw_only(),
+               py::arg("gradient"), py::arg("hidden"), py::arg("order"), py::arg("offsets"),
+               py::arg("entries"), py::arg("width"), py::arg("out_rows"), py::arg("out"),
+               py::arg("threads"));
+  };
+  define_entry_functions("float32", entry_logits<float>, entry_hidden_gradient<float>,
+                         entry_weight_gradient<float>);
+  define_entry_functions("float64", entry_logits<double>, entry_hidden_gradient<double>,
+                         entry_weight_gradient<double>);
 }

@@ -1,8 +1,9 @@
 """kdfast: the hot path of knowledge distillation, fused."""
 
-from kdfast.modules import KDLoss, LinearKDLoss, TopKKDLoss
+from kdfast.modules import KDLoss, LinearKDLoss, LinearTopKKDLoss, TopKKDLoss
 from kdfast.ops.kd_loss import kd_loss
 from kdfast.ops.linear_kd_loss import linear_kd_loss
+from kdfast.ops.linear_topk_kd_loss import linear_topk_kd_loss
 from kdfast.ops.registry import available_backends, backend
 from kdfast.ops.sampled_softmax import sampled_softmax
 from kdfast.ops.topk_kd_loss import topk_kd_loss
@@ -13,12 +14,14 @@ __version__ = "0.1.0"
 __all__ = [
     "KDLoss",
     "LinearKDLoss",
+    "LinearTopKKDLoss",
     "TopKKDLoss",
     "TruncatedSoftmax",
     "available_backends",
     "backend",
     "kd_loss",
     "linear_kd_loss",
+    "linear_topk_kd_loss",
     "sampled_softmax",
     "topk_kd_loss",
     "truncated_softmax",

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from kdfast.ops.kd_loss import kd_loss
 from kdfast.ops.linear_kd_loss import linear_kd_loss
+from kdfast.ops.linear_topk_kd_loss import linear_topk_kd_loss
 from kdfast.ops.topk_kd_loss import topk_kd_loss
 from kdfast.ops.truncated_softmax import TruncatedSoftmax
 
@@ -203,6 +204,71 @@ class TopKKDLoss(_Settings):
             student_logits,
             teacher,
             labels,
+            token_weight=token_weight,
+            num_items=num_items,
+            **self.settings(),
+        )
+
+
+class LinearTopKKDLoss(_Settings):
+    """`kdfast.linear_topk_kd_loss` as a module; every keyword means what it means there.
+
+    Example:
+        >>> distill = kdfast.LinearTopKKDLoss(tail="support", temperature=2.0)
+        >>> loss = distill(student_hidden, student.lm_head.weight, top)
+    """
+
+    def __init__(
+        self,
+        *,
+        tail: str = "bucket",
+        student_logit_scale: float = 1.0,
+        student_softcap: float | None = None,
+        chunk_size: int | None = None,
+        sparse_weight_grad: bool = False,
+        divergence: str = "forward_kl",
+        beta: float = 0.5,
+        temperature: float | Tensor = 1.0,
+        scale_t2: bool = True,
+        alpha: float = 1.0,
+        ignore_index: int = -100,
+        vocab_size: int | None = None,
+        reduction: str = "mean",
+        return_parts: bool = False,
+    ) -> None:
+        super().__init__()
+        self.tail = tail
+        self.student_logit_scale = student_logit_scale
+        self.student_softcap = student_softcap
+        self.chunk_size = chunk_size
+        self.sparse_weight_grad = sparse_weight_grad
+        self.divergence = divergence
+        self.beta = beta
+        self.temperature = temperature
+        self.scale_t2 = scale_t2
+        self.alpha = alpha
+        self.ignore_index = ignore_index
+        self.vocab_size = vocab_size
+        self.reduction = reduction
+        self.return_parts = return_parts
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher: TruncatedSoftmax,
+        labels: Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        return linear_topk_kd_loss(
+            student_hidden,
+            student_weight,
+            teacher,
+            labels,
+            student_bias=student_bias,
             token_weight=token_weight,
             num_items=num_items,
             **self.settings(),

@@ -105,5 +105,17 @@ KDFAST_CLONES Real exponentiate(const Real* x, int64_t n, Real shift, Real scale
   return sum;
 }
 
+// How far, in bits, exponents may exceed 0 before a sum misses the bits that they lose. A running
+// maximum that is exceeded by less need not be raised: a pass over a chunk for its maximum alone
+// waits for memory and computes nothing.
+constexpr int kMostBitsAboveMax = 4;
+
+// 2^bits, cut off far above kMostBitsAboveMax: it must not wrap around.
+template <class Real>
+KDFAST_INLINE Real exp2_cut(Real bits) {
+  constexpr Real kMostBits = 64;
+  return exp2_nonpositive(kMostBits < bits ? kMostBits : bits);
+}
+
 }  // namespace
 }  // namespace kdfast

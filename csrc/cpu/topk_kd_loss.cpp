@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
 #include "pages.h"
@@ -42,17 +41,56 @@ Terms terms(Divergence divergence, const Pair& at, double beta) {
   return {beta * from_p + (1 - beta) * from_q, (1 - beta) * at.q * log_part};
 }
 
-// out = by_soft · soft + by_hard · hard, rounded once; without hard exponentials of its own `hard`
-// is null.
-template <class T, class Real>
-KDFAST_CLONES void combine(const Real* soft, Real by_soft, const Real* hard, Real by_hard,
-                           int64_t n, T* out) {
-  if (hard) {
+// out = 2^((x - shift) · scale). An entry of the support may exceed all that lies off it without
+// bounds: what it gives is not looked at.
+template <class Real>
+KDFAST_CLONES void exponentiate_cut(const Real* x, int64_t n, Real shift, Real scale, Real* out) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) from_real(soft[i] * by_soft + hard[i] * by_hard, out[i]);
+  for (int64_t i = 0; i < n; ++i) out[i] = exp2_cut((x[i] - shift) * scale);
+}
+
+template <class Real>
+struct Extent {
+  Real sum, max;
+};
+
+template <class Real>
+KDFAST_CLONES Extent<Real> extent_of(const Real* x, int64_t n) {
+  Real sum = 0, max = 0;
+#pragma omp simd reduction(+ : sum) reduction(max : max)
+  for (int64_t i = 0; i < n; ++i) {
+    sum += x[i];
+    max = x[i] > max ? x[i] : max;
+  }
+  return {sum, max};
+}
+
+// The gradient off the support: a share of one softmax, or of two.
+template <class Real>
+struct Shares {
+  Real shift;
+  Real scale, by_soft;
+  Real hard_scale, by_hard;  // by_hard is 0 where the hard term has no softmax of its own
+
+  Real at(Real logit) const {
+    const Real x = logit - shift;
+    return by_soft * exp2_cut(x * scale) + by_hard * exp2_cut(x * hard_scale);
+  }
+};
+
+// Exponentials are taken once more: they cost less than to store them in L2 and to read them there.
+template <class T, class Real>
+KDFAST_CLONES void write_shares(const Real* x, const Shares<Real>& shares, int64_t n, T* out) {
+  const auto [shift, scale, by_soft, hard_scale, by_hard] = shares;
+  if (by_hard != 0) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i)
+      from_real(by_soft * exp2_cut((x[i] - shift) * scale) +
+                    by_hard * exp2_cut((x[i] - shift) * hard_scale),
+                out[i]);
   } else {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) from_real(soft[i] * by_soft, out[i]);
+    for (int64_t i = 0; i < n; ++i) from_real(by_soft * exp2_cut((x[i] - shift) * scale), out[i]);
   }
 }
 
@@ -78,15 +116,10 @@ struct Support {
 template <class Real>
 struct Scratch {
   Support support;
-  std::vector<Real> outside, hard;  // exponentials of what lies off the support
-  std::vector<Real> shift;          // by how much, for each chunk
-  Real buffer[kChunk];
+  alignas(64) Real buffer[kChunk];
+  alignas(64) Real exponentials[kChunk];
 
-  Scratch(int64_t entries, int64_t vocab, bool separate_hard)
-      : support(entries),
-        outside(vocab),
-        hard(separate_hard ? vocab : 0),
-        shift((vocab + kChunk - 1) / kChunk) {}
+  explicit Scratch(int64_t entries) : support(entries) {}
 };
 
 template <class Real>
@@ -99,43 +132,66 @@ void read_entries(const TopkKdLossRows<Real>& call, int64_t row, Support& suppor
   }
 }
 
-// The softmax of what lies off the support, and its sum at temperature 1.
+// The softmax of what lies off the support, and its sum at temperature 1 where that is another.
 template <class Real>
 struct Outside {
   RunningSoftmax<Real> softmax;
   double hard_sum = 0;
 };
 
-// Takes the entries' logits out of the row on the way: their share is added in double, so that what
-// is left of 1 beside them is a sum and no difference.
+// The sum and the maximum of a chunk's exponentials without those of its entries, in L1.
+template <class Real>
+Extent<Real> extent_outside(const Real* x, int64_t begin, int64_t n, int64_t first, int64_t last,
+                            Real shift, Real scale, Scratch<Real>& scratch) {
+  exponentiate_cut(x, n, shift, scale, scratch.exponentials);
+  for (int64_t entry = first; entry < last; ++entry)
+    scratch.exponentials[scratch.support.column[entry] - begin] = 0;
+  return extent_of(scratch.exponentials, n);
+}
+
+// Leaves the entries out: their share is added in double, so that what is left of 1 beside them is
+// a sum and no difference.
 template <class Real>
 Outside<Real> sweep(const TopkKdLossRows<Real>& call, const char* student, Real temperature,
                     bool separate_hard, Scratch<Real>& scratch) {
   Support& support = scratch.support;
   Outside<Real> outside{{Real(kLog2E / temperature)}};
   RunningSoftmax<Real>& softmax = outside.softmax;
-  int64_t entry = 0;
+  int64_t last = 0;
   for (int64_t begin = 0; begin < call.vocab_size; begin += kChunk) {
     const int64_t n = std::min(kChunk, call.vocab_size - begin);
     const Real* x = load(student, call.student.dtype, begin, n, scratch.buffer);
-    if (entry < support.size && support.column[entry] < begin + n && x != scratch.buffer) {
-      std::copy(x, x + n, scratch.buffer);
-      x = scratch.buffer;
-    }
-    for (; entry < support.size && support.column[entry] < begin + n; ++entry) {
-      Real& logit = scratch.buffer[support.column[entry] - begin];
-      support.logit[entry] = logit;
-      logit = -std::numeric_limits<Real>::infinity();
-    }
+    const int64_t first = last;
+    while (last < support.size && support.column[last] < begin + n) ++last;
 
+    const auto extent = [&](Real scale) {
+      return extent_outside(x, begin, n, first, last, softmax.shift(), scale, scratch);
+    };
+    const auto read_logits = [&] {
+      for (int64_t entry = first; entry < last; ++entry)
+        support.logit[entry] = x[support.column[entry] - begin];
+    };
+    if (begin > 0) {
+      const Extent<Real> soft = extent(softmax.scale);
+      const Extent<Real> hard = separate_hard ? extent(Real(kLog2E)) : Extent<Real>{0, 0};
+      if (std::max(soft.max, hard.max) <= (1 << kMostBitsAboveMax) && softmax.sum > 0) {
+        softmax.sum += soft.sum;
+        outside.hard_sum += hard.sum;
+        read_logits();
+        continue;
+      }
+    }
+    read_logits();
+    if (x != scratch.buffer) std::copy(x, x + n, scratch.buffer);
+    for (int64_t entry = first; entry < last; ++entry)
+      scratch.buffer[support.column[entry] - begin] = -std::numeric_limits<Real>::infinity();
+    x = scratch.buffer;
     const Real before = softmax.shift();
     softmax.raise_max(max_of(x, n));
-    const Real shift = softmax.shift();
-    softmax.sum += exponentiate(x, n, shift, softmax.scale, scratch.outside.data() + begin);
-    scratch.shift[begin / kChunk] = shift;
+    softmax.sum += extent(softmax.scale).sum;
     if (separate_hard) {
-      outside.hard_sum *= std::exp(double(before) - shift);
-      outside.hard_sum += exponentiate(x, n, shift, Real(kLog2E), scratch.hard.data() + begin);
+      outside.hard_sum *= std::exp(double(before) - softmax.shift());
+      outside.hard_sum += extent(Real(kLog2E)).sum;
     }
   }
   return outside;
@@ -296,32 +352,23 @@ void row_loss(const TopkKdLossRows<Real>& call, int64_t row, Scratch<Real>& scra
     outside_gradient += hard_scale * hard_split.outside / hard_split.total;
 
   with_elements<Real>(gradient_row, call.gradient.dtype, [&](auto* gradient) {
-    using Element = std::remove_pointer_t<decltype(gradient)>;
     if (call.tail == Tail::kSupport && hard_scale == 0) {
       std::memset(gradient_row, 0, call.width * gradient_item);
       for (int64_t j = 0; j < support.size; ++j)
         from_real(Real(support.gradient[j]), gradient[support.column[j]]);
       return;
     }
+    Shares<Real> shares{Real(shift), outside.softmax.scale, 0, Real(kLog2E), 0};
+    if (outside.softmax.sum != 0) shares.by_soft = Real(outside_gradient / outside.softmax.sum);
+    if (separate_hard && hard_scale != 0)
+      shares.by_hard = Real(hard_scale * std::exp(shift - hard_split.base) / hard_split.total);
     int64_t entry = 0;
     for (int64_t begin = 0; begin < call.vocab_size; begin += kChunk) {
       const int64_t n = std::min(kChunk, call.vocab_size - begin);
-      const Real chunk_shift = scratch.shift[begin / kChunk];
-      const double decay = std::exp2((double(chunk_shift) - shift) * outside.softmax.scale);
-      const double sum = outside.softmax.sum;
-      const Real by_soft = Real(sum == 0 ? 0 : outside_gradient * decay / sum);
-      const Real* soft_exp = scratch.outside.data() + begin;
-      const Real* hard_exp =
-          separate_hard && hard_scale != 0 ? scratch.hard.data() + begin : nullptr;
-      const Real by_hard =
-          Real(hard_scale * std::exp(double(chunk_shift) - hard_split.base) / hard_split.total);
-      Element* out = gradient + begin;
-      combine(soft_exp, by_soft, hard_exp, by_hard, n, out);
-      if (hard_scale != 0 && label >= begin && label < begin + n) {
-        const int64_t at = label - begin;
-        const Real of_hard = hard_exp ? hard_exp[at] * by_hard : Real(0);
-        from_real(soft_exp[at] * by_soft + of_hard - Real(hard_scale), out[at]);
-      }
+      const Real* x = load(student_row, call.student.dtype, begin, n, scratch.buffer);
+      write_shares(x, shares, n, gradient + begin);
+      if (hard_scale != 0 && label >= begin && label < begin + n)
+        from_real(shares.at(Real(label_logit)) - Real(hard_scale), gradient[label]);
       for (; entry < support.size && support.column[entry] < begin + n; ++entry)
         from_real(Real(support.gradient[entry]), gradient[support.column[entry]]);
     }
@@ -339,8 +386,7 @@ void topk_kd_loss_rows(const TopkKdLossRows<Real>& call) {
   if (call.gradient.data && call.gradient.data != call.student.data)
     prefer_huge_pages(call.gradient.data, rows * call.width * size_of(call.gradient.dtype));
   const int threads = static_cast<int>(std::min<int64_t>(call.threads, rows));
-  std::vector<Scratch<Real>> scratch(threads,
-                                     Scratch<Real>(call.entries, call.vocab_size, call.need_hard));
+  std::vector<Scratch<Real>> scratch(threads, Scratch<Real>(call.entries));
 #pragma omp parallel num_threads(threads)
   {
     Scratch<Real>& mine = scratch[thread_index()];

@@ -4,10 +4,10 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
-#include "pages.h"
 #include "softmax.h"
 
 namespace kdfast {
@@ -15,6 +15,12 @@ namespace {
 
 // Every kGroups-th element of a chunk makes a group, so that their maxima are taken lane by lane.
 constexpr int64_t kGroups = 128;
+
+// Every kFolds-th group of a row makes a fold, whose maxima bound the k-th largest from below.
+constexpr int64_t kFolds = 1024;
+
+// Groups that are passed over together.
+constexpr int64_t kBlock = 16;
 
 template <class Real>
 constexpr Real kLowest = -std::numeric_limits<Real>::infinity();
@@ -52,9 +58,17 @@ KDFAST_CLONES int64_t count_at_least(const Key* keys, int64_t n, Key least) {
   return count;
 }
 
-// The groups' maxima of a chunk as keys, and their maximum so far in the row.
+template <class Real>
+KDFAST_CLONES Real sum_exponentials(const Real* x, int64_t n, Real shift, Real scale) {
+  Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += exp2_cut((x[i] - shift) * scale);
+  return sum;
+}
+
+// The groups' maxima of a chunk as keys; returns the largest.
 template <class Real, class Key>
-KDFAST_CLONES void max_of_groups(const Real* chunk, Key* keys, Key* row_keys) {
+KDFAST_CLONES Key max_of_groups(const Real* chunk, Key* keys) {
   Real maxima[kGroups];
   std::fill(maxima, maxima + kGroups, kLowest<Real>);
   for (int64_t begin = 0; begin < kChunk; begin += kGroups) {
@@ -64,11 +78,44 @@ KDFAST_CLONES void max_of_groups(const Real* chunk, Key* keys, Key* row_keys) {
       maxima[group] = logit > maxima[group] ? logit : maxima[group];
     }
   }
-#pragma omp simd
+  Key max = std::numeric_limits<Key>::min();
+#pragma omp simd reduction(max : max)
   for (int64_t group = 0; group < kGroups; ++group) {
     keys[group] = ordered_key(maxima[group]);
-    row_keys[group] = keys[group] > row_keys[group] ? keys[group] : row_keys[group];
+    max = keys[group] > max ? keys[group] : max;
   }
+  return max;
+}
+
+// The maxima of the folds.
+template <class Key>
+KDFAST_CLONES void fold(const Key* keys, int64_t n, Key* folds) {
+  std::fill(folds, folds + kFolds, std::numeric_limits<Key>::min());
+  for (int64_t begin = 0; begin < n; begin += kFolds) {
+    const int64_t last = std::min(kFolds, n - begin);
+#pragma omp simd
+    for (int64_t i = 0; i < last; ++i)
+      folds[i] = keys[begin + i] > folds[i] ? keys[begin + i] : folds[i];
+  }
+}
+
+// Which of n keys, a multiple of kBlock, are at least `least`; returns how many.
+template <class Key>
+KDFAST_CLONES int64_t find_at_least(const Key* keys, int64_t n, Key least, Key* found,
+                                    int64_t* where) {
+  int64_t count = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    int any = 0;
+#pragma omp simd reduction(| : any)
+    for (int64_t i = begin; i < begin + kBlock; ++i) any |= keys[i] >= least;
+    if (!any) continue;
+    for (int64_t i = begin; i < begin + kBlock; ++i) {
+      found[count] = keys[i];
+      where[count] = i;
+      count += keys[i] >= least;
+    }
+  }
+  return count;
 }
 
 template <class Key>
@@ -110,20 +157,23 @@ struct Scratch {
     }
   };
 
-  Real buffer[kChunk], exponentials[kChunk];
-  Key row_keys[kGroups];
-  std::vector<Key> group_keys, keys;           // of every group, of the candidates
-  std::vector<int64_t> groups, columns, ties;  // of the candidates
+  alignas(64) Real buffer[kChunk];
+  Key folds[kFolds];
+  const int64_t all_groups;
+  // Of every group, and of the candidates. They are as long as the row, for a row of equal logits,
+  // and their pages are hardly ever touched: nothing may clear them.
+  std::unique_ptr<Key[]> group_keys, keys;
+  std::unique_ptr<int64_t[]> groups, columns, ties;
   std::vector<Entry> largest;
 
-  Scratch(int64_t vocab, int64_t k) : largest(k) {
-    const int64_t chunks = (vocab + kChunk - 1) / kChunk;
-    group_keys.resize(chunks * kGroups);
-    groups.resize(group_keys.size() + 1);
-    keys.resize(chunks * kChunk + 1);
-    columns.resize(keys.size());
-    ties.resize(keys.size());
-  }
+  Scratch(int64_t vocab, int64_t k)
+      : all_groups((vocab + kChunk - 1) / kChunk * kGroups),
+        group_keys(new Key[all_groups]),
+        keys(new Key[all_groups / kGroups * kChunk + 1]),
+        groups(new int64_t[all_groups + 1]),
+        columns(new int64_t[all_groups / kGroups * kChunk + 1]),
+        ties(new int64_t[all_groups / kGroups * kChunk + 1]),
+        largest(k) {}
 };
 
 // The k largest of a row in order, into `scratch.largest`. k groups have a maximum at least as
@@ -133,20 +183,19 @@ template <class T, class Real>
 void select(const T* row, int64_t vocab, int64_t k, Scratch<Real>& scratch) {
   using Key = typename Scratch<Real>::Key;
   const Key lowest = ordered_key(kLowest<Real>);
-  const int64_t all_groups = scratch.group_keys.size();
-  Key* keys = scratch.keys.data();
-  int64_t* columns = scratch.columns.data();
+  Key* keys = scratch.keys.get();
+  int64_t* columns = scratch.columns.get();
+  int64_t* ties = scratch.ties.get();
 
-  // A bound by the groups that stand one behind the other in all chunks leaves few for the next.
+  // A bound by the folds, of which k hold an element each that is at least as large, leaves few
+  // groups for the next.
   Key least = lowest + 1;
-  if (k <= kGroups) least = std::max(least, kth_largest(scratch.row_keys, kGroups, k, lowest));
-  int64_t groups = 0;
-  for (int64_t group = 0; group < all_groups; ++group) {
-    const Key key = scratch.group_keys[group];
-    keys[groups] = key;
-    scratch.groups[groups] = group;
-    groups += key >= least;
+  if (k <= kFolds) {
+    fold(scratch.group_keys.get(), scratch.all_groups, scratch.folds);
+    least = std::max(least, kth_largest(scratch.folds, kFolds, k, lowest));
   }
+  const int64_t groups = find_at_least(scratch.group_keys.get(), scratch.all_groups, least, keys,
+                                       scratch.groups.get());
   if (groups > k) least = kth_largest(keys, groups, k, least);
 
   int64_t count = 0;
@@ -172,14 +221,28 @@ void select(const T* row, int64_t vocab, int64_t k, Scratch<Real>& scratch) {
   const Key last = kth_largest(keys, count, k, lowest);
   int64_t kept = 0, tied = 0;
   for (int64_t i = 0; i < count; ++i) {
-    scratch.ties[tied] = columns[i];
+    ties[tied] = columns[i];
     tied += keys[i] == last;
     if (keys[i] > last) scratch.largest[kept++] = {keys[i], columns[i]};
   }
-  const auto ties = scratch.ties.begin();
   if (kept + tied > k) std::nth_element(ties, ties + (k - kept), ties + tied);
   for (int64_t i = kept; i < k; ++i) scratch.largest[i] = {last, ties[i - kept]};
   std::sort(scratch.largest.begin(), scratch.largest.end());
+}
+
+// Takes a chunk of n elements, padded to kChunk with -inf, into the row's softmax. Its exponentials
+// come first: what they compute hides what they wait for.
+template <class Real, class Key>
+void take(const Real* chunk, int64_t n, Key* keys, RunningSoftmax<Real>& softmax) {
+  const Real sum = sum_exponentials(chunk, n, softmax.shift(), softmax.scale);
+  const Real max = logit_of(max_of_groups(chunk, keys));
+  const bool near = (double(max) - softmax.max) * softmax.scale <= kMostBitsAboveMax;
+  if (softmax.sum > 0 && near) {
+    softmax.sum += sum;
+  } else {
+    softmax.raise_max(max);
+    softmax.sum += sum_exponentials(chunk, n, softmax.shift(), softmax.scale);
+  }
 }
 
 template <class Real>
@@ -190,7 +253,6 @@ void row_softmax(const TruncatedSoftmaxRows<Real>& call, int64_t row, Scratch<Re
   int64_t* indices = call.indices + row * call.k;
 
   RunningSoftmax<Real> softmax{Real(kLog2E / temperature)};
-  std::fill(scratch.row_keys, scratch.row_keys + kGroups, ordered_key(kLowest<Real>));
   for (int64_t begin = 0; begin < call.vocab_size; begin += kChunk) {
     const int64_t n = std::min(kChunk, call.vocab_size - begin);
     const Real* x = load(logits, call.logits.dtype, begin, n, scratch.buffer);
@@ -199,10 +261,7 @@ void row_softmax(const TruncatedSoftmaxRows<Real>& call, int64_t row, Scratch<Re
       std::fill(scratch.buffer + n, scratch.buffer + kChunk, kLowest<Real>);
       x = scratch.buffer;
     }
-    auto* keys = scratch.group_keys.data() + begin / kChunk * kGroups;
-    max_of_groups(x, keys, scratch.row_keys);
-    softmax.raise_max(logit_of(max_key(keys, kGroups)));
-    softmax.sum += exponentiate(x, n, softmax.shift(), softmax.scale, scratch.exponentials);
+    take(x, n, scratch.group_keys.get() + begin / kChunk * kGroups, softmax);
   }
 
   // NaN, +inf, or nothing but -inf: there is no softmax.
@@ -230,10 +289,9 @@ void truncated_softmax_rows(const TruncatedSoftmaxRows<Real>& call) {
   const int64_t rows = call.outer_rows * call.inner_rows;
   if (rows == 0) return;
   const int threads = static_cast<int>(std::min<int64_t>(call.threads, rows));
-  std::vector<Scratch<Real>> scratch(threads, Scratch<Real>(call.vocab_size, call.k));
 #pragma omp parallel num_threads(threads)
   {
-    Scratch<Real>& mine = scratch[thread_index()];
+    Scratch<Real> mine(call.vocab_size, call.k);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) row_softmax(call, row, mine);
   }

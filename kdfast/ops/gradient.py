@@ -173,7 +173,11 @@ class LinearLossWithGradients(torch.autograd.Function):
         ]
         if weight_rows is not None and gradients[1] is not None:
             gradients[1] = torch.sparse_coo_tensor(
-                weight_rows[None], gradients[1], ctx.student[1][0], is_coalesced=True
+                weight_rows[None],
+                gradients[1],
+                ctx.student[1][0],
+                is_coalesced=True,
+                check_invariants=False,
             )
         # For the operation's name before them, and the two settings behind the inputs.
         return None, *gradients, *[None] * (ctx.inputs + 2)

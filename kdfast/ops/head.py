@@ -81,11 +81,15 @@ class Head:
             multiply(rows, weight.T, out[:, columns])
         if self.bias is not None:
             out.add_(self.bias)
+        return self.cap(out)
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """softcap(scale · logits), in place."""
         if self.scale != 1:
-            out.mul_(self.scale)
+            logits.mul_(self.scale)
         if self.softcap is not None:
-            out.div_(self.softcap).tanh_().mul_(self.softcap)
-        return out
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
 
     def uncap(self, gradient: Tensor, logits: Tensor) -> None:
         """From the gradient of the capped logits to that of what was capped; logits are lost."""
@@ -145,15 +149,15 @@ def chunk_budget(device: torch.device) -> int:
     return int(text)
 
 
-def rows_within(budget: int, vocab: int, dtype: torch.dtype, temporaries: int = 0) -> int:
+def rows_within(budget: int, vocab: int, dtype: torch.dtype, tensors: int) -> int:
     """How many rows fit into the budget: at least one, and multiples of 64 from there on.
 
     Args:
         dtype: of the products' operands.
-        temporaries: tensors of the logits' size that the rows' loss holds besides them.
+        tensors: how many of the logits' size there are at once, in wide precision.
     """
-    # Both sets of logits, and their gradient where the products want it narrower.
-    per_logit = (2 + temporaries) * wide_dtype(dtype).itemsize
+    per_logit = tensors * wide_dtype(dtype).itemsize
+    # The gradient too, where the products want it narrower.
     per_logit += dtype.itemsize if dtype in HALF else 0
     rows = budget // max(1, vocab * per_logit)
     return max(1, rows // 64 * 64 if rows >= 64 else rows)
@@ -267,7 +271,7 @@ def checked_head(
     sharded: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, float, float | None]:
     check_floating(f"{owner}_hidden", hidden)
-    if _is_dtensor(hidden):
+    if is_dtensor(hidden):
         raise ValueError(
             f"{owner}_hidden must be a plain tensor, got a DTensor: pass {owner}_hidden.to_local()"
             " (and process_group, where the vocabulary is sharded)"
@@ -294,7 +298,8 @@ def checked_head(
     return hidden, weight, bias, float(scale), None if softcap is None else float(softcap)
 
 
-def _is_dtensor(tensor: Tensor | None) -> bool:
+def is_dtensor(tensor: Tensor | None) -> bool:
+    """Whether a tensor is spread over processes, as FSDP2 shards a parameter."""
     # Imported by whoever made one.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -305,7 +310,7 @@ def _gathered(name: str, tensor: Tensor | None, sharded: bool) -> Tensor | None:
 
     So every rank has a gradient of its own, and the shards' gradient is their mean.
     """
-    if not _is_dtensor(tensor):
+    if not is_dtensor(tensor):
         return tensor
     if sharded:
         raise ValueError(

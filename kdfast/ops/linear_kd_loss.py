@@ -163,7 +163,7 @@ def _linear_kd_loss_forward(
         row_losses, temporaries = vocab_parallel.kd_loss_rows, vocab_parallel.TEMPORARIES
         options |= {"group": group, "vocab_offset": vocab_offset}
     # Ranks whose shards differ in size take the same chunks: they meet in each.
-    size = chunk_size or rows_within(chunk_bytes, widest_shard, dtype, temporaries)
+    size = chunk_size or rows_within(chunk_bytes, widest_shard, dtype, 2 + temporaries)
     with torch.autocast(device.type, enabled=False):
         losses = _swept(
             student,

@@ -115,7 +115,14 @@ def _torch_rows(
 BACKENDS = {"cpp": _cpp_rows, "triton": _triton_rows, "torch": _torch_rows}
 
 
-def _check_indices(
+def sorted_by_column(log_probs: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """The entries of each token, `[tokens, k]`, those that do not exist first."""
+    entries = indices.shape[-1]
+    indices, order = indices.long().reshape(-1, entries).sort(-1)
+    return log_probs.reshape(-1, entries).gather(-1, order), indices
+
+
+def check_indices(
     indices: Tensor, labels: Tensor | None, ignore_index: int, vocab_size: int
 ) -> None:
     """`[tokens, k]`, ascending. A token that is ignored may have any."""
@@ -170,12 +177,10 @@ def _topk_kd_loss_forward(
     labels, token_weight, temperature_per_token = (
         None if x is None else x.flatten() for x in (labels, token_weight, temperature_per_token)
     )
-    entries = indices.shape[-1]
-    indices, order = indices.reshape(-1, entries).sort(-1)
-    log_probs = log_probs.reshape(-1, entries).gather(-1, order)
+    log_probs, indices = sorted_by_column(log_probs, indices)
     if values_are_checked(device):
         check_values(labels, {"temperature": temperature_per_token}, ignore_index, vocab_size)
-        _check_indices(indices, labels, ignore_index, vocab_size)
+        check_indices(indices, labels, ignore_index, vocab_size)
     rows = registry.select("topk_kd_loss", BACKENDS, student_logits)
 
     share = token_share(reduction, num_items, labels, ignore_index, tokens, device)
@@ -300,21 +305,16 @@ def topk_kd_loss(
     check_floating("student_logits", student_logits)
     if student_logits.dim() == 0:
         raise ValueError("student_logits must have a vocabulary dimension, got a 0-d tensor")
-    device, tokens, width = (
-        student_logits.device,
-        student_logits.shape[:-1],
-        student_logits.shape[-1],
-    )
-    _check_teacher(teacher, tokens, device)
-    check_choice("tail", tail, TAILS)
-    per_token, settings = checked_keywords(
-        tokens,
-        device,
+    tensors, settings = checked_truncation(
+        teacher,
         labels,
+        tail,
+        vocab_size,
+        ("student_logits", student_logits.shape[:-1], student_logits.device),
+        (student_logits.shape[-1], "columns"),
         divergence=divergence,
         beta=beta,
         temperature=temperature,
-        teacher_temperature=None,
         scale_t2=scale_t2,
         alpha=alpha,
         ignore_index=ignore_index,
@@ -323,40 +323,67 @@ def topk_kd_loss(
         num_items=num_items,
         return_parts=return_parts,
     )
-    if divergence not in TAIL_DIVERGENCES[tail]:
-        raise ValueError(
-            f"divergence must be one of {TAIL_DIVERGENCES[tail]} with tail={tail!r}, "
-            f"got {divergence!r}"
-        )
-    vocab_size = width if vocab_size is None else vocab_size
-    if not 1 <= vocab_size <= width:
-        raise ValueError(
-            "vocab_size must be at least 1 and at most the width of student_logits, "
-            f"got {vocab_size} for {width} columns"
-        )
     overwrite = overwrite_student_logits and not torch.compiler.is_compiling()
     if overwrite:
         check_overwritable(student_logits)
 
-    labels, token_weight, temperature_per_token, _, num_items = per_token
-    del settings["teacher_temperature"]
     total, soft, hard = LossWithGradient.apply(
         "topk_kd_loss",
         student_logits,
-        teacher.log_probs,
-        teacher.indices,
-        labels,
-        token_weight,
-        temperature_per_token,
-        num_items,
+        *tensors,
         torch.is_grad_enabled() and student_logits.requires_grad,
         overwrite,
-        {**settings, "tail": tail, "vocab_size": vocab_size},
+        settings,
     )
     return (total, soft, hard) if return_parts else total
 
 
-def _check_teacher(teacher: TruncatedSoftmax, tokens: torch.Size, device: torch.device) -> None:
+def checked_truncation(
+    teacher: TruncatedSoftmax,
+    labels: Tensor | None,
+    tail: str,
+    vocab_size: int | None,
+    student: tuple[str, torch.Size, torch.device],
+    vocabulary: tuple[int, str],
+    **keywords: object,
+) -> tuple[tuple[Tensor | None, ...], dict[str, object]]:
+    """The teacher and the keywords of `topk_kd_loss`, checked, as operators take them.
+
+    Args:
+        student: the name, leading shape and device of the tensor that the teacher goes with.
+        vocabulary: how many tokens the student has, and what of its tensor they are.
+
+    Returns:
+        `(log_probs, indices, labels, token_weight, temperature_per_token, num_items)` and the
+        settings by name.
+    """
+    name, tokens, device = student
+    _check_teacher(teacher, name, tokens, device)
+    check_choice("tail", tail, TAILS)
+    per_token, settings = checked_keywords(
+        tokens, device, labels, teacher_temperature=None, **keywords
+    )
+    if settings["divergence"] not in TAIL_DIVERGENCES[tail]:
+        raise ValueError(
+            f"divergence must be one of {TAIL_DIVERGENCES[tail]} with tail={tail!r}, "
+            f"got {settings['divergence']!r}"
+        )
+    size, unit = vocabulary
+    vocab_size = size if vocab_size is None else vocab_size
+    if not 1 <= vocab_size <= size:
+        raise ValueError(
+            f"vocab_size must be at least 1 and at most the {unit} of {name}, got {vocab_size} for "
+            f"{size} {unit}"
+        )
+    labels, token_weight, temperature_per_token, _, num_items = per_token
+    del settings["teacher_temperature"]
+    tensors = (*teacher, labels, token_weight, temperature_per_token, num_items)
+    return tensors, {**settings, "tail": tail, "vocab_size": vocab_size}
+
+
+def _check_teacher(
+    teacher: TruncatedSoftmax, student: str, tokens: torch.Size, device: torch.device
+) -> None:
     if not isinstance(teacher, TruncatedSoftmax):
         raise TypeError(f"teacher must be a TruncatedSoftmax, got {type(teacher).__name__}")
     log_probs, indices = teacher
@@ -371,8 +398,6 @@ def _check_teacher(teacher: TruncatedSoftmax, tokens: torch.Size, device: torch.
             f"got the shape {tuple(log_probs.shape)}"
         )
     check_shape("teacher.indices", indices, log_probs.shape, "the shape of teacher.log_probs")
-    check_shape(
-        "teacher.log_probs", log_probs[..., 0], tokens, "the leading shape of student_logits"
-    )
+    check_shape("teacher.log_probs", log_probs[..., 0], tokens, f"the leading shape of {student}")
     check_same_device("teacher.log_probs", log_probs, device)
     check_same_device("teacher.indices", indices, device)
