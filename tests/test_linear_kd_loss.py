@@ -364,7 +364,7 @@ def test_a_loss_scale_is_inside_the_rounding(dtype):
         assert_gradient_close(gradient, expected[name] * 65536 / 1e9)
 
 
-def testfloat16_headroom():
+def test_float16_headroom():
     for temperature, weight in (
         (1.0, None),
         (20.0, None),

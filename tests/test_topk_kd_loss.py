@@ -604,6 +604,20 @@ def test_huge_logits(tail, divergence, temperature, backend):
     assert (gradient - expected_gradient).norm() <= 2e-6 * expected_gradient.norm() + 1e-12
 
 
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_maximum_that_keeps_rising(dtype, temperature, backend):
+    """Whatever a sweep takes for the maximum, a later chunk exceeds it, by little or by far."""
+    slopes = torch.tensor([[-1.0], [1.0], [30.0], [1000.0]])
+    student = (slopes * torch.linspace(0, 1, 9001) + 0.1 * torch.randn(4, 9001)).to(dtype)
+    teacher, labels = truncated(4, 9001, k=20), torch.randint(9001, (4,))
+    options = {"temperature": temperature, "alpha": 0.5}
+    loss, gradient = loss_and_gradient(student, teacher, labels, **options)
+    expected, expected_gradient = oracle(student, teacher, labels, **options)
+    assert_loss_close(loss, expected, dtype)
+    assert_gradient_close(gradient, expected_gradient)
+
+
 @pytest.mark.parametrize("on_support", [True, False])
 def test_student_minus_infinity(on_support, backend):
     student, teacher = logits(3, 5000), truncated(3, 5000, k=20)

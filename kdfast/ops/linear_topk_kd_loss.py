@@ -430,9 +430,8 @@ def linear_topk_kd_loss(
         student_softcap: c of c · tanh(x / c), above 0; None for no cap.
         chunk_size: rows of a chunk, where there are chunks. None takes as many as fit into the
             environment variable KDFAST_CHUNK_BYTES, as in `linear_kd_loss`.
-        sparse_weight_grad: give the weight a sparse COO gradient (coalesced) of the rows that some
-            token's support holds, instead of a dense one that is 0 elsewhere, which takes longer to
-            write than all the rest. For optimisers that take it (`torch.optim.SparseAdam`, `SGD`);
+        sparse_weight_grad: give the weight a sparse COO gradient of the rows that some token's
+            support holds, each once, instead of a dense one that is 0 elsewhere. For optimisers that take it (`torch.optim.SparseAdam`, `SGD`);
             needs tail="support" and no hard term; waits for a GPU, to know how many rows there are;
             not under torch.compile.
         reduction: with "none" and a weight or bias that requires grad, the gradients wait for the
