@@ -1,4 +1,4 @@
-"""The command `kdfast`: `kdfast distill`, `kdfast env`."""
+"""The command `kdfast`: `kdfast distill`, `kdfast cache`, `kdfast env`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
+import inspect
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -28,10 +30,13 @@ if TYPE_CHECKING:
         TrainingArguments,
     )
 
+    from kdfast.teacher_cache import TeacherCache
     from kdfast.trainer import Recipe
 
 TASKS = ("causal-lm", "masked-lm")
 MAX_DEFAULT_BLOCK = 512
+DEFAULT_EVAL_FRACTION = 0.05
+DEFAULT_DRAWS = 12
 
 # What a saved tokenizer consists of, by the names that its kinds give it.
 TOKENIZER_FILES = (
@@ -116,72 +121,162 @@ def _parser() -> argparse.ArgumentParser:
     )
     distill.set_defaults(run=_distill)
     _add_distill_arguments(distill)
+
+    cache = commands.add_parser(
+        "cache",
+        help="keep a teacher's outputs on disk, and train from there",
+        description="A teacher's truncated outputs on disk, for kdfast distill --teacher-cache.",
+    )
+    _add_cache_commands(cache.add_subparsers(required=True, metavar="COMMAND", dest="command"))
     return parser
 
 
 def _add_distill_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_required(parser.add_argument)
+    add = parser.add_argument
+    add(
+        "--recipe",
+        required=True,
+        metavar="NAME",
+        help="what to train towards: hinton, truncated",
+    )
+    teacher = parser.add_mutually_exclusive_group(required=True)
+    _add_teacher(teacher.add_argument)
+    teacher.add_argument(
+        "--teacher-cache",
+        type=Path,
+        metavar="DIR",
+        help="what `kdfast cache build` made of a teacher and the same --dataset",
+    )
+    add(
+        "--student",
+        required=True,
+        type=Path,
+        metavar="PATH|CONFIG",
+        help="a checkpoint, or a config (file or directory) for a fresh student",
+    )
+    _add_dataset(add)
+    _add_output(add, "where checkpoints and the student go")
     _add_data_options(parser.add_argument_group("data").add_argument)
     _add_objective_options(parser.add_argument_group("objective").add_argument)
     _add_training_options(parser.add_argument_group("training"))
 
 
-def _add_required(add: _AddArgument) -> None:
-    def required(name: str, metavar: str, text: str, **options: object) -> None:
-        add(name, required=True, metavar=metavar, help=text, **options)
-
-    required("--recipe", "NAME", "what to train towards: hinton")
-    required("--teacher", "PATH", "a checkpoint with its tokenizer", type=Path)
-    required(
-        "--student",
-        "PATH|CONFIG",
-        "a checkpoint, or a config (file or directory) for a fresh student",
-        type=Path,
+def _add_cache_commands(commands: argparse._SubParsersAction) -> None:
+    build = commands.add_parser(
+        "build",
+        help="run a teacher over a dataset once, and keep a few probabilities per token",
+        description="Run a teacher over a dataset once. The same command again goes on where an "
+        "interrupted one stopped.",
     )
-    required(
+    build.set_defaults(run=_cache_build)
+    add = build.add_argument
+    _add_teacher(add, required=True)
+    _add_dataset(add)
+    _add_output(add, "the cache: a new directory, or one with an unfinished cache")
+    _add_data_options(build.add_argument_group("data").add_argument)
+    _add_entries_options(build.add_argument_group("entries").add_argument)
+    add = build.add_argument_group("run").add_argument
+    count = _number(int, 1)
+    add("--batch-size", type=count, default=8, metavar="N", help="default: 8")
+    add(
+        "--samples-per-shard",
+        type=count,
+        default=1024,
+        metavar="N",
+        help="sequences per file: what an interruption costs at most (default: 1024)",
+    )
+    _add_seed(add)
+    _add_device(add)
+
+    for name, run, text in (
+        ("info", _cache_info, "what a cache holds, of what, and how large it is"),
+        ("verify", _cache_verify, "compare every byte of a cache with its checksums"),
+    ):
+        command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        command.set_defaults(run=run)
+        command.add_argument("directory", type=Path, metavar="DIR")
+
+
+def _add_teacher(add: _AddArgument, **options: object) -> None:
+    add("--teacher", type=Path, metavar="PATH", help="a checkpoint with its tokenizer", **options)
+
+
+def _add_dataset(add: _AddArgument) -> None:
+    add(
         "--dataset",
-        "FILE",
-        ".txt (a blank line ends a document), or .json, .jsonl, .csv, .parquet (one per row)",
+        required=True,
         type=Path,
         nargs="+",
+        metavar="FILE",
+        help=".txt (a blank line ends a document), or .json, .jsonl, .csv, .parquet (one per row)",
     )
-    required("--output", "DIR", "where checkpoints and the student go", type=Path)
+
+
+def _add_output(add: _AddArgument, text: str) -> None:
+    add("--output", required=True, type=Path, metavar="DIR", help=text)
+
+
+def _add_seed(add: _AddArgument) -> None:
+    add("--seed", type=_number(int, 0), default=42, metavar="N", help="default: 42")
+
+
+def _add_device(add: _AddArgument) -> None:
+    add("--device", choices=("cpu", "cuda"), help="default: the fastest there is")
+
+
+def _add_entries_options(add: _AddArgument) -> None:
+    count = _number(int, 1)
+    positive = _number(float, 0, open_low=True)
+    add("--k", type=count, metavar="K", help="keep the K largest probabilities of each token")
+    add("--sampled", action="store_true", help="or keep an unbiased sample of them")
+    add("--draws", type=count, metavar="N", help="the sample's size (default: 12)")
+    add("--temperature", type=positive, default=1.0, metavar="T", help="default: 1.0")
+    add(
+        "--proposal-temperature",
+        type=positive,
+        metavar="T",
+        help="of the draws; above --temperature draws rare tokens more often (default: 1.0)",
+    )
+    add(
+        "--bits",
+        type=int,
+        choices=(8, 16),
+        default=16,
+        help="of a stored log-probability (default: 16)",
+    )
 
 
 def _add_data_options(add: _AddArgument) -> None:
-    add(
-        "--text-column",
-        default="text",
-        metavar="NAME",
-        help="the column with the text (default: text)",
-    )
+    add("--text-column", metavar="NAME", help="the column with the text (default: text)")
     add("--task", choices=TASKS, help="default: what the teacher is")
     add(
         "--block-size",
         type=_number(int, 2),
         metavar="N",
-        help=f"tokens per sequence (default: what both models take, at most {MAX_DEFAULT_BLOCK})",
+        help=f"tokens per sequence (default: what the models take, at most {MAX_DEFAULT_BLOCK})",
     )
     add(
         "--mlm-probability",
         type=_number(float, 0, 1, open_low=True),
-        default=0.15,
         metavar="P",
         help="share of tokens to mask for masked-lm (default: 0.15)",
     )
     add(
         "--eval-fraction",
         type=_number(float, 0, 0.9),
-        default=0.05,
         metavar="F",
         help="share of documents held out and evaluated after every epoch (default: 0.05)",
     )
 
 
 def _add_objective_options(add: _AddArgument) -> None:
-    add("--temperature", type=float, default=2.0, metavar="T", help="default: 2.0")
+    add("--temperature", type=float, metavar="T", help="default: the recipe's, or the cache's")
+    add("--alpha", type=float, metavar="A", help="the soft term's share (default: the recipe's)")
+    add("--k", type=_number(int, 1), metavar="K", help="entries per token, of recipe truncated")
     add(
-        "--alpha", type=float, default=0.5, metavar="A", help="the soft term's share (default: 0.5)"
+        "--tail",
+        choices=("bucket", "renormalize", "none", "support"),
+        help="what becomes of the other entries, of recipe truncated",
     )
 
 
@@ -198,11 +293,11 @@ def _add_training_options(group: argparse._ArgumentGroup) -> None:
         metavar="LR",
         help="decays linearly to 0 (default: 1e-4)",
     )
-    add("--seed", type=_number(int, 0), default=42, metavar="N", help="default: 42")
+    _add_seed(add)
     add("--logging-steps", type=count, metavar="N", help="default: 10")
     add("--save-steps", type=count, metavar="N", help="steps between checkpoints (default: 500)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    add("--device", choices=("cpu", "cuda"), help="default: the fastest there is")
+    _add_device(add)
     precision = group.add_mutually_exclusive_group()
     precision.add_argument("--bf16", action="store_true", help="train in mixed bfloat16 precision")
     precision.add_argument("--fp16", action="store_true", help="train in mixed float16 precision")
@@ -244,44 +339,79 @@ def _missing(backend: str) -> str | None:
     return reason
 
 
+@dataclass(frozen=True)
+class _Data:
+    """How files become blocks: what a cache and the training from it must have in common."""
+
+    task: str
+    text_column: str
+    block_size: int
+    # Of masked language models alone.
+    mlm_probability: float | None
+    eval_fraction: float
+    seed: int
+
+
 def _distill(arguments: argparse.Namespace) -> None:
-    _prepare_libraries()
-    from transformers import set_seed
+    _need("kdfast distill", "transformers", "accelerate", "datasets", "pyarrow")
+    _silence_libraries()
+    from transformers import default_data_collator, set_seed
 
     from kdfast.trainer import DistillationTrainer
 
-    recipe = _recipe(arguments)
-    _check_paths(arguments)
+    _check_paths(arguments, "student", "teacher" if arguments.teacher else None)
+    cache = None
+    if arguments.teacher_cache is not None:
+        cache = _open_cache(arguments.teacher_cache)
+        _take_data_from(cache, arguments)
+    recipe = _recipe(arguments, cache)
     checkpoint = _checkpoint_to_resume(arguments.output, arguments.resume)
     training_arguments = _training_arguments(arguments, recipe.training_arguments)
 
-    teacher_config = _load_config("teacher", arguments.teacher)
     student_config = _load_config("student", arguments.student)
-    tokenizer = _load_tokenizer(arguments, student_config, teacher_config)
-    task = arguments.task or _task_of(teacher_config)
-    collator = _collator(task, tokenizer, arguments.mlm_probability)
-    block_size = _block_size(arguments.block_size, tokenizer, student_config, teacher_config)
-    train_blocks, eval_blocks = _load_blocks(
-        arguments, tokenizer, block_size, masked=task == "masked-lm"
-    )
+    if cache is None:
+        teacher_config = _load_config("teacher", arguments.teacher)
+        # Widths may differ by padding alone, which holds no token.
+        vocab_size = min(student_config.vocab_size, teacher_config.vocab_size)
+        tokenizer = _teachers_tokenizer(arguments.teacher, teacher_config.vocab_size)
+        configs = (student_config, teacher_config)
+    else:
+        vocab_size = cache.vocab_size
+        tokenizer = _cached_tokenizer(cache)
+        configs = (student_config,)
+    tokenizer = _students_tokenizer(arguments.student, student_config.vocab_size, tokenizer)
+    # The order of cached blocks and their masks are the cache's; training has its own seed.
+    seed = arguments.seed if cache is None else cache.manifest["data"]["seed"]
+    data = _settle_data(arguments, seed, tokenizer, *configs)
+    train_blocks, eval_blocks = _load_blocks(arguments.dataset, data, tokenizer)
+    if cache is None:
+        collator = _collator(data, tokenizer)
+    else:
+        train_blocks, eval_blocks = _fixed_blocks(train_blocks, eval_blocks, data, tokenizer)
+        train_blocks, eval_blocks = _attach(cache, train_blocks, eval_blocks)
+        collator = default_data_collator
     if len(eval_blocks) == 0:
         training_arguments.eval_strategy = "no"
 
     set_seed(arguments.seed)
-    teacher = _load_model("teacher", arguments.teacher, teacher_config, task)
-    student = _load_model("student", arguments.student, student_config, task)
-    trainer = DistillationTrainer(
-        model=student,
-        args=training_arguments,
-        teacher=teacher,
-        objective=recipe.objective,
-        # Widths may differ by padding alone, which holds no token.
-        vocab_size=min(student_config.vocab_size, teacher_config.vocab_size),
-        train_dataset=train_blocks,
-        eval_dataset=eval_blocks,
-        processing_class=tokenizer,
-        data_collator=collator,
+    teacher = (
+        {"teacher": _load_model("teacher", arguments.teacher, teacher_config, data.task)}
+        if cache is None
+        else {"teacher_cache": cache}
     )
+    student = _load_model("student", arguments.student, student_config, data.task)
+    with _reporting():
+        trainer = DistillationTrainer(
+            model=student,
+            args=training_arguments,
+            **teacher,
+            objective=recipe.objective,
+            vocab_size=vocab_size,
+            train_dataset=train_blocks,
+            eval_dataset=eval_blocks,
+            processing_class=tokenizer,
+            data_collator=collator,
+        )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
@@ -289,10 +419,112 @@ def _distill(arguments: argparse.Namespace) -> None:
         print(f"student saved to {arguments.output}")
 
 
-def _prepare_libraries() -> None:
-    for package in ("transformers", "accelerate", "datasets", "pyarrow"):
+def _cache_build(arguments: argparse.Namespace) -> None:
+    _need("kdfast cache build", "transformers", "datasets", "pyarrow")
+    _silence_libraries()
+    from datasets import concatenate_datasets
+
+    from kdfast.teacher_cache import build_cache
+
+    entries = _entries(arguments)
+    _check_paths(arguments, "teacher")
+    _check_device(arguments.device)
+    config = _load_config("teacher", arguments.teacher)
+    tokenizer = _teachers_tokenizer(arguments.teacher, config.vocab_size)
+    data = _settle_data(arguments, arguments.seed, tokenizer, config)
+    parts = _load_blocks(arguments.dataset, data, tokenizer)
+    blocks = concatenate_datasets(
+        [part for part in _fixed_blocks(*parts, data, tokenizer) if len(part) > 0]
+    )
+    teacher = _load_model("teacher", arguments.teacher, config, data.task)
+    fastest = "cuda" if torch.cuda.is_available() else "cpu"
+    with _reporting():
+        cache = build_cache(
+            teacher.to(arguments.device or fastest),
+            blocks.remove_columns("labels"),
+            arguments.output,
+            **entries,
+            # Columns without a token are padding.
+            vocab_size=max(tokenizer.get_vocab().values()) + 1,
+            tokenizer=tokenizer,
+            batch_size=arguments.batch_size,
+            samples_per_shard=arguments.samples_per_shard,
+            seed=arguments.seed,
+            data=asdict(data),
+            progress=_print_progress if sys.stderr.isatty() else None,
+        )
+    print(f"{cache.tokens} tokens at {cache.bytes_per_token:.1f} bytes in {arguments.output}")
+
+
+def _entries(arguments: argparse.Namespace) -> dict[str, object]:
+    entries = {"temperature": arguments.temperature, "bits": arguments.bits}
+    if arguments.sampled == (arguments.k is not None):
+        raise CommandError("pass either --k K, for the largest entries, or --sampled")
+    if arguments.k is not None:
+        for name in ("draws", "proposal_temperature"):
+            if getattr(arguments, name) is not None:
+                raise CommandError(f"--{name.replace('_', '-')} goes with --sampled alone")
+        return {**entries, "k": arguments.k}
+    return {
+        **entries,
+        "draws": arguments.draws or DEFAULT_DRAWS,
+        "proposal_temperature": arguments.proposal_temperature or 1.0,
+    }
+
+
+def _print_progress(done: int, samples: int) -> None:
+    end = "\n" if done == samples else ""
+    print(f"\r{done} of {samples} sequences", end=end, file=sys.stderr, flush=True)
+
+
+def _cache_info(arguments: argparse.Namespace) -> None:
+    cache = _open_cache(arguments.directory)
+    manifest = cache.manifest
+    tokenizer, data = manifest["tokenizer"], manifest["data"] or {}
+    if cache.sampled:
+        entries = f"{cache.k} sampled at temperature {manifest['proposal_temperature']}"
+    else:
+        entries = f"the {cache.k} largest"
+    rows = [
+        ("format", f"version {manifest['format_version']}"),
+        ("samples", len(cache)),
+        ("tokens", cache.tokens),
+        ("entries", f"{entries} of {cache.vocab_size}, at temperature {cache.temperature}"),
+        ("bits", manifest["bits"]),
+        ("shards", len(manifest["shards"])),
+        ("size", f"{cache.nbytes} bytes, {cache.bytes_per_token:.1f} per token"),
+        ("teacher", manifest["teacher"]),
+        ("dataset", manifest["dataset"]["fingerprint"]),
+        ("tokenizer", tokenizer and f"{tokenizer['fingerprint']}, {tokenizer['tokens']} tokens"),
+        *data.items(),
+    ]
+    print(*(f"{name:<17}{value}" for name, value in rows if value is not None), sep="\n")
+
+
+def _cache_verify(arguments: argparse.Namespace) -> None:
+    cache = _open_cache(arguments.directory)
+    with _reporting():
+        cache.verify()
+    print(f"all {cache.nbytes} bytes of {arguments.directory} are what was written")
+
+
+def _open_cache(directory: Path) -> TeacherCache:
+    _need("a teacher cache", "pyarrow")
+    from kdfast.teacher_cache import TeacherCache, TeacherCacheError
+
+    try:
+        return TeacherCache(directory)
+    except TeacherCacheError as error:
+        raise CommandError(str(error)) from error
+
+
+def _need(what: str, *packages: str) -> None:
+    for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise CommandError(f"kdfast distill needs {package}: pip install 'kdfast[trainer]'")
+            raise CommandError(f"{what} needs {package}: pip install 'kdfast[trainer]'")
+
+
+def _silence_libraries() -> None:
     # Loading bars that nobody watches are noise, and would stand beside an error's one line.
     if not sys.stderr.isatty():
         import datasets
@@ -302,25 +534,96 @@ def _prepare_libraries() -> None:
         logging.disable_progress_bar()
 
 
-def _recipe(arguments: argparse.Namespace) -> Recipe:
+def _take_data_from(cache: TeacherCache, arguments: argparse.Namespace) -> None:
+    """The cache's data settings in the place of flags that were not given."""
+    recorded = cache.manifest["data"]
+    names = {"task", "text_column", "block_size", "mlm_probability", "eval_fraction"}
+    if not isinstance(recorded, dict) or not {*names, "seed"} <= recorded.keys():
+        raise CommandError(
+            f"{cache.directory} does not say how its dataset was made: kdfast cache build makes "
+            "caches for kdfast distill"
+        )
+    for name in sorted(names):
+        given = getattr(arguments, name)
+        if given is not None and given != recorded[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise CommandError(
+                f"{flag} {given}: the teacher cache in {cache.directory} was built with "
+                f"{recorded[name]}"
+            )
+        setattr(arguments, name, recorded[name])
+
+
+def _settle_data(
+    arguments: argparse.Namespace,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    *configs: PreTrainedConfig,
+) -> _Data:
+    task = arguments.task or _task_of(configs[-1])
+    masked = task == "masked-lm"
+    if masked and tokenizer.mask_token is None:
+        raise CommandError("masked-lm needs a tokenizer with a mask token, and this one has none")
+
+    def chosen(name: str, default: object) -> object:
+        given = getattr(arguments, name)
+        return default if given is None else given
+
+    return _Data(
+        task,
+        chosen("text_column", "text"),
+        _block_size(arguments.block_size, tokenizer, *configs),
+        chosen("mlm_probability", 0.15) if masked else None,
+        chosen("eval_fraction", DEFAULT_EVAL_FRACTION),
+        seed,
+    )
+
+
+def _attach(cache: TeacherCache, train: Dataset, held_out: Dataset) -> tuple[Dataset, Dataset]:
+    if len(train) + len(held_out) != len(cache):
+        raise CommandError(
+            f"the dataset gives {len(train) + len(held_out)} sequences and the teacher cache in "
+            f"{cache.directory} holds {len(cache)}: it was built from other files"
+        )
+    with _reporting():
+        return (
+            cache.attach(train),
+            cache.attach(held_out, len(train)) if len(held_out) else held_out,
+        )
+
+
+def _recipe(arguments: argparse.Namespace, cache: TeacherCache | None) -> Recipe:
     from kdfast.trainer import RECIPES
 
     if arguments.recipe not in RECIPES:
         raise CommandError(f"unknown recipe {arguments.recipe!r}: choose from {', '.join(RECIPES)}")
+    make = RECIPES[arguments.recipe]
+    names = inspect.signature(make).parameters
+    settings = {}
+    for name in ("temperature", "alpha", "k", "tail"):
+        value = getattr(arguments, name)
+        if value is None:
+            continue
+        if name not in names:
+            raise CommandError(f"--{name} is no setting of the recipe {arguments.recipe}")
+        settings[name] = value
+    if cache is not None:
+        given = settings.setdefault("temperature", cache.temperature)
+        if given != cache.temperature:
+            raise CommandError(
+                f"--temperature {given}: the teacher cache in {cache.directory} was built at "
+                f"{cache.temperature}"
+            )
     with _reporting():
-        return RECIPES[arguments.recipe](temperature=arguments.temperature, alpha=arguments.alpha)
+        return make(**settings)
 
 
-def _collator(
-    task: str, tokenizer: PreTrainedTokenizerBase, mlm_probability: float
-) -> DataCollator:
+def _collator(data: _Data, tokenizer: PreTrainedTokenizerBase) -> DataCollator:
     from transformers import DataCollatorForLanguageModeling, default_data_collator
 
-    if task == "causal-lm":
+    if data.task == "causal-lm":
         return default_data_collator
-    if tokenizer.mask_token is None:
-        raise CommandError("masked-lm needs a tokenizer with a mask token, and this one has none")
-    return DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability)
+    return DataCollatorForLanguageModeling(tokenizer, mlm_probability=data.mlm_probability)
 
 
 def _training_arguments(
@@ -339,22 +642,27 @@ def _training_arguments(
         "logging_steps": arguments.logging_steps,
         "save_steps": arguments.save_steps,
     }
+    evaluates = arguments.eval_fraction is None or arguments.eval_fraction > 0
     settings = {
         "learning_rate": 1e-4,
         "logging_steps": 10,
         **recipe_defaults,
         **{name: value for name, value in given.items() if value is not None},
         "output_dir": str(arguments.output),
-        "eval_strategy": "epoch" if arguments.eval_fraction > 0 else "no",
+        "eval_strategy": "epoch" if evaluates else "no",
         "prediction_loss_only": True,
         "use_cpu": arguments.device == "cpu",
         "bf16": arguments.bf16,
         "fp16": arguments.fp16,
     }
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise CommandError("--device cuda: torch sees no CUDA device")
+    _check_device(arguments.device)
     with _reporting():
         return TrainingArguments(**settings)
+
+
+def _check_device(device: str | None) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CommandError("--device cuda: torch sees no CUDA device")
 
 
 @contextlib.contextmanager
@@ -375,8 +683,8 @@ def _reporting(what: str = "") -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _check_paths(arguments: argparse.Namespace) -> None:
-    for name in ("teacher", "student"):
+def _check_paths(arguments: argparse.Namespace, *owners: str | None) -> None:
+    for name in filter(None, owners):
         path = getattr(arguments, name)
         if not path.exists():
             raise CommandError(f"--{name} {path} does not exist")
@@ -384,8 +692,8 @@ def _check_paths(arguments: argparse.Namespace) -> None:
             raise CommandError(f"--teacher {path} is not a directory")
         if path.is_dir() and not (path / "config.json").is_file():
             raise CommandError(f"--{name} {path} holds no config.json")
-    if not _has_weights(arguments.teacher):
-        raise CommandError(f"--teacher {arguments.teacher} holds no weights")
+        if name == "teacher" and not _has_weights(path):
+            raise CommandError(f"--teacher {path} holds no weights")
     for path in arguments.dataset:
         if not path.is_file():
             raise CommandError(
@@ -422,33 +730,51 @@ def _load_config(owner: str, path: Path) -> PreTrainedConfig:
     return config
 
 
-def _load_tokenizer(
-    arguments: argparse.Namespace,
-    student_config: PreTrainedConfig,
-    teacher_config: PreTrainedConfig,
-) -> PreTrainedTokenizerBase:
+def _load_tokenizer(owner: str, path: Path) -> PreTrainedTokenizerBase | None:
     from transformers import AutoTokenizer
 
+    # Without any of them, transformers makes up an empty tokenizer.
+    if not any((path / name).exists() for name in TOKENIZER_FILES):
+        return None
+    with _reporting(f"cannot load the {owner}'s tokenizer from {path}"):
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def _teachers_tokenizer(path: Path, vocab_size: int) -> PreTrainedTokenizerBase:
+    from kdfast.trainer.vocabulary import check_vocabulary_fits
+
+    tokenizer = _load_tokenizer("teacher", path)
+    if tokenizer is None:
+        raise CommandError(f"--teacher {path} holds no tokenizer")
+    with _reporting():
+        check_vocabulary_fits(tokenizer, vocab_size, "the teacher")
+    return tokenizer
+
+
+def _cached_tokenizer(cache: TeacherCache) -> PreTrainedTokenizerBase:
+    from kdfast.teacher_cache.format import TOKENIZER
+
+    path = cache.directory / TOKENIZER
+    tokenizer = _load_tokenizer("teacher cache", path)
+    if tokenizer is None:
+        raise CommandError(f"{path} holds no tokenizer")
+    with _reporting(str(path)):
+        cache.check_tokenizer(tokenizer)
+    return tokenizer
+
+
+def _students_tokenizer(
+    path: Path, vocab_size: int, teachers: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase:
+    """The student's own, or else the teacher's."""
     from kdfast.trainer.vocabulary import check_same_vocabulary, check_vocabulary_fits
 
-    def load(owner: str, path: Path) -> PreTrainedTokenizerBase | None:
-        # Without any of them, transformers makes up an empty tokenizer.
-        if not any((path / name).exists() for name in TOKENIZER_FILES):
-            return None
-        with _reporting(f"cannot load the {owner}'s tokenizer from {path}"):
-            return AutoTokenizer.from_pretrained(path, local_files_only=True)
-
-    tokenizer = load("teacher", arguments.teacher)
-    if tokenizer is None:
-        raise CommandError(f"--teacher {arguments.teacher} holds no tokenizer")
-    student_tokenizer = load("student", arguments.student)
-    if student_tokenizer is not None:
-        with _reporting():
-            check_same_vocabulary(student_tokenizer, tokenizer)
-        tokenizer = student_tokenizer
+    tokenizer = _load_tokenizer("student", path)
     with _reporting():
-        check_vocabulary_fits(tokenizer, teacher_config.vocab_size, "the teacher")
-        check_vocabulary_fits(tokenizer, student_config.vocab_size, "the student")
+        if tokenizer is not None:
+            check_same_vocabulary(tokenizer, teachers)
+        tokenizer = tokenizer or teachers
+        check_vocabulary_fits(tokenizer, vocab_size, "the student")
     return tokenizer
 
 
@@ -477,38 +803,52 @@ def _block_size(
         limit = min(limit, getattr(config, "max_position_embeddings", None) or limit)
     if asked is not None and asked > limit:
         raise CommandError(
-            f"--block-size {asked} is longer than the {limit} tokens that both models take"
+            f"--block-size {asked} is longer than the {limit} tokens that the models take"
         )
     return asked or min(limit, MAX_DEFAULT_BLOCK)
 
 
 def _load_blocks(
-    arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, block_size: int, masked: bool
+    files: Sequence[Path], data: _Data, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset, Dataset]:
     from kdfast.trainer.text import load_documents, pack
 
     with _reporting("cannot read the dataset"):
-        documents = load_documents(arguments.dataset, arguments.text_column)
-    documents = documents.shuffle(seed=arguments.seed)
+        documents = load_documents(files, data.text_column)
+    documents = documents.shuffle(seed=data.seed)
     held_out = 0
-    if arguments.eval_fraction > 0:
-        held_out = min(max(1, round(arguments.eval_fraction * len(documents))), len(documents) - 1)
+    if data.eval_fraction > 0:
+        held_out = min(max(1, round(data.eval_fraction * len(documents))), len(documents) - 1)
     eval_blocks, train_blocks = (
-        pack(documents.select(rows), tokenizer, block_size, masked=masked)
+        pack(documents.select(rows), tokenizer, data.block_size, masked=data.task == "masked-lm")
         for rows in (range(held_out), range(held_out, len(documents)))
     )
     if len(train_blocks) == 0:
         raise CommandError(
             f"the dataset's {len(documents) - held_out} training documents do not fill one block "
-            f"of {block_size} tokens: lower --block-size"
+            f"of {data.block_size} tokens: lower --block-size"
         )
-    if arguments.eval_fraction > 0 and len(eval_blocks) == 0:
+    if data.eval_fraction > 0 and len(eval_blocks) == 0:
         print(
-            f"kdfast: the {held_out} held-out documents do not fill one block of {block_size} "
-            "tokens: no evaluation",
+            f"kdfast: the {held_out} held-out documents do not fill one block of "
+            f"{data.block_size} tokens: no evaluation",
             file=sys.stderr,
         )
     return train_blocks, eval_blocks
+
+
+def _fixed_blocks(
+    train: Dataset, held_out: Dataset, data: _Data, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Dataset]:
+    """The blocks as the teacher of a cache sees them: for masked language models, masked."""
+    from kdfast.trainer.text import mask_once
+
+    if data.task == "causal-lm":
+        return train, held_out
+    return (
+        mask_once(train, tokenizer, data.mlm_probability, data.seed),
+        mask_once(held_out, tokenizer, data.mlm_probability, data.seed, start=len(train)),
+    )
 
 
 def _load_model(owner: str, path: Path, config: PreTrainedConfig, task: str) -> PreTrainedModel:

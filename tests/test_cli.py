@@ -25,6 +25,8 @@ from transformers import (
 
 import kdfast
 from kdfast import cli
+from kdfast.teacher_cache import TeacherCache
+from kdfast.trainer.text import mask_once
 
 DOCUMENTS = [
     f"Document {i} says that {i} and {i} make {2 * i}, and little else." for i in range(40)
@@ -120,12 +122,24 @@ def _dataset_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
+def flags_of(settings: dict[str, object]) -> list[str]:
+    """None and False drop a flag."""
+    argv = []
+    for name, value in settings.items():
+        if value is None or value is False:
+            continue
+        argv.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            argv += map(str, value if isinstance(value, list) else [value])
+    return argv
+
+
 @pytest.fixture
 def distill(assets, tmp_path):
     """Runs `kdfast distill` in this process; keywords replace flags, None drops one."""
 
     def run(**changes: object) -> int:
-        flags = {
+        settings = {
             "recipe": "hinton",
             "teacher": assets / "causal",
             "student": assets / "causal.json",
@@ -136,16 +150,48 @@ def distill(assets, tmp_path):
             "device": "cpu",
             **changes,
         }
-        argv = ["distill"]
-        for name, value in flags.items():
-            if value is None or value is False:
-                continue
-            argv.append(f"--{name.replace('_', '-')}")
-            if value is not True:
-                argv += map(str, value if isinstance(value, list) else [value])
-        return cli.main(argv)
+        if "teacher_cache" in changes:
+            settings["teacher"] = changes.get("teacher")
+        return cli.main(["distill", *flags_of(settings)])
 
     return run
+
+
+@pytest.fixture
+def build(assets, tmp_path):
+    """Runs `kdfast cache build` in this process, as `distill` does."""
+
+    def run(**changes: object) -> int:
+        settings = {
+            "teacher": assets / "causal",
+            "dataset": assets / "text.txt",
+            "output": tmp_path / "teacher",
+            "k": 12,
+            "device": "cpu",
+            **changes,
+        }
+        return cli.main(["cache", "build", *flags_of(settings)])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def caches(assets, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("caches")
+    for name, settings in {
+        "causal": {"k": 300, "temperature": 2.0, "eval_fraction": 0.2},
+        "masked": {"k": 12, "teacher": assets / "masked", "mlm_probability": 0.3},
+        "sampled": {"sampled": True, "draws": 6, "bits": 8},
+    }.items():
+        settings = {
+            "teacher": assets / "causal",
+            "dataset": assets / "text.txt",
+            "output": folder / name,
+            "device": "cpu",
+            **settings,
+        }
+        assert cli.main(["cache", "build", *flags_of(settings)]) == 0
+    return folder
 
 
 def log_history(folder: Path) -> list[dict[str, float]]:
@@ -262,8 +308,237 @@ def test_errors_are_one_line_and_status_2(distill, assets, tmp_path, capfd, chan
     assert not (tmp_path / "out").exists()
 
 
+def test_training_from_a_whole_cache_is_training_from_the_teacher(
+    distill, assets, caches, tmp_path, capfd
+):
+    settings = {"logging_steps": 1, "epochs": 1, "max_steps": None}
+    live = {"temperature": 2.0, "eval_fraction": 0.2}
+    assert distill(**settings, **live, output=tmp_path / "live") == 0
+    assert distill(**settings, teacher_cache=caches / "causal") == 0
+    assert f"student saved to {tmp_path / 'out'}" in capfd.readouterr().out
+    terms = ("soft_loss", "hard_loss", "eval_soft_loss", "eval_hard_loss")
+    expected, result = (
+        [
+            [entry[term] for term in terms if term in entry]
+            for entry in log_history(tmp_path / name)
+            if "soft_loss" in entry or "eval_soft_loss" in entry
+        ]
+        for name in ("live", "out")
+    )
+    assert len(result) > 5
+    # All 300 tokens are cached: what differs is float16.
+    for expected_terms, terms in zip(expected, result, strict=True):
+        assert terms == pytest.approx(expected_terms, rel=1e-3, abs=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(assets / "causal").get_vocab()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"teacher_cache": "causal", "recipe": "truncated", "k": 10, "tail": "none", "alpha": 0.9},
+        {"teacher_cache": "masked", "student": "masked-config"},
+        {"teacher_cache": "masked", "student": "masked-config", "recipe": "truncated"},
+        {"teacher_cache": "sampled", "eval_fraction": 0.05, "text_column": "text"},
+    ],
+)
+def test_every_kind_of_cache_trains(distill, assets, caches, tmp_path, changes):
+    changes = {**changes, "teacher_cache": caches / changes["teacher_cache"]}
+    if "student" in changes:
+        changes["student"] = assets / changes["student"]
+    assert distill(**changes, logging_steps=1, save_steps=1) == 0
+    losses = [entry["soft_loss"] for entry in log_history(tmp_path / "out") if "loss" in entry]
+    assert len(losses) == 2
+    assert distill(**changes, logging_steps=1, max_steps=3, resume=True) == 0
+
+
+def test_a_cache_holds_training_and_held_out_blocks(caches):
+    cache = TeacherCache(caches / "causal")
+    data = cache.manifest["data"]
+    assert data == {
+        "task": "causal-lm",
+        "text_column": "text",
+        "block_size": LENGTH,
+        "mlm_probability": None,
+        "eval_fraction": 0.2,
+        "seed": 42,
+    }
+    assert cache.tokens == LENGTH * len(cache)
+    assert (caches / "causal" / "tokenizer" / "tokenizer.json").is_file()
+    masked = TeacherCache(caches / "masked").manifest["data"]
+    assert (masked["task"], masked["mlm_probability"]) == ("masked-lm", 0.3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "student"), [("causal", "causal.json"), ("masked", "masked-config")]
+)
+def test_a_cache_without_held_out_blocks(build, distill, assets, tmp_path, capfd, kind, student):
+    (tmp_path / "text.txt").write_text("\n\n".join([*DOCUMENTS[:9], *"abcdefghijklmnop"]))
+    # Of these documents two are held out, and both are a letter.
+    settings = {"dataset": tmp_path / "text.txt", "eval_fraction": 0.08}
+    assert build(**settings, teacher=assets / kind, seed=1) == 0
+    assert "the 2 held-out documents do not fill one block" in capfd.readouterr().err
+    settings["student"] = assets / student
+    assert distill(**settings, teacher_cache=tmp_path / "teacher") == 0
+    assert not any("eval_loss" in entry for entry in log_history(tmp_path / "out"))
+
+
+def test_masks_depend_on_the_seed_and_the_block():
+    tokenizer = make_tokenizer(**SPECIAL)
+    ids = torch.randint(10, 300, (200, 50)).tolist()
+    special = [[1] + [0] * 49] * 200
+    blocks = datasets.Dataset.from_dict({"input_ids": ids, "special_tokens_mask": special})
+    masked = mask_once(blocks, tokenizer, 0.2, 1)
+    assert masked.column_names == ["input_ids", "labels"]
+    assert masked[:] == mask_once(blocks, tokenizer, 0.2, 1)[:]
+    assert masked[:] != mask_once(blocks, tokenizer, 0.2, 2)[:]
+    rest = mask_once(blocks.select(range(150, 200)), tokenizer, 0.2, 1, start=150)
+    assert masked[150:] == rest[:]
+    # Neither the first block's mask nor the first token's is everybody's.
+    inputs, labels = (torch.tensor(masked[name][:]) for name in ("input_ids", "labels"))
+    ids = torch.tensor(ids)
+    chosen = labels != -100
+    assert not torch.equal(chosen[0], chosen[1])
+    assert not chosen[:, 0].any()
+    assert torch.equal(labels[chosen], ids[chosen])
+    assert torch.equal(inputs[~chosen], ids[~chosen])
+    # 9800 tokens: three standard deviations are 0.012 of all, and 0.03 of those that are chosen.
+    assert chosen[:, 1:].double().mean() == pytest.approx(0.2, abs=0.012)
+    became_mask = (inputs == tokenizer.mask_token_id)[chosen].double().mean()
+    stayed = (inputs == ids)[chosen].double().mean()
+    assert became_mask == pytest.approx(0.8, abs=0.03)
+    assert stayed == pytest.approx(0.1, abs=0.03)
+
+
+def test_a_terminal_sees_how_far_a_build_is(build, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert build(batch_size=4, eval_fraction=0) == 0
+    lines = capsys.readouterr().err.split("\r")
+    counts = [line.strip() for line in lines if line.rstrip().endswith("sequences")]
+    total = counts[-1].split()[0]
+    assert counts[0] == f"4 of {total} sequences"
+    assert counts[-1] == f"{total} of {total} sequences"
+
+
+def test_cache_info_and_verify(caches, capfd):
+    assert cli.main(["cache", "info", str(caches / "sampled")]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capfd.readouterr().out.splitlines())
+    cache = TeacherCache(caches / "sampled")
+    assert rows["entries"] == "6 sampled at temperature 1.0 of 300, at temperature 1.0"
+    assert rows["size"] == f"{cache.nbytes} bytes, {cache.bytes_per_token:.1f} per token"
+    assert rows["bits"] == "8"
+    assert rows["block_size"] == str(LENGTH)
+    assert cli.main(["cache", "verify", str(caches / "sampled")]) == 0
+    verified = f"all {cache.nbytes} bytes of {caches / 'sampled'} are what was written\n"
+    assert capfd.readouterr().out == verified
+
+
+def test_a_build_that_was_interrupted_goes_on(build, tmp_path, monkeypatch, capfd):
+    from kdfast.teacher_cache import build as module
+
+    assert build(output=tmp_path / "whole", samples_per_shard=8) == 0
+    build_shard = module._build_shard
+
+    def interrupted(directory, manifest, number, *rest):
+        if number == 2:
+            raise KeyboardInterrupt
+        build_shard(directory, manifest, number, *rest)
+
+    monkeypatch.setattr(module, "_build_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(samples_per_shard=8)
+    assert cli.main(["cache", "verify", str(tmp_path / "teacher")]) == 2
+    assert "the build was not finished" in capfd.readouterr().err
+    monkeypatch.undo()
+    assert build(samples_per_shard=8) == 0
+    names = [path.name for path in (tmp_path / "whole").iterdir() if path.is_file()]
+    assert len(names) > 3
+    for name in names:
+        whole, resumed = (tmp_path / folder / name for folder in ("whole", "teacher"))
+        assert whole.read_bytes() == resumed.read_bytes()
+    assert build(samples_per_shard=8, k=11) == 2
+    assert "k is 12 there and 11 here" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": None}, "pass either --k K, for the largest entries, or --sampled"),
+        ({"sampled": True}, "pass either --k K, for the largest entries, or --sampled"),
+        ({"draws": 3}, "--draws goes with --sampled alone"),
+        ({"proposal_temperature": 2.0}, "--proposal-temperature goes with --sampled alone"),
+        ({"k": 301}, "k must be at most the 300 columns that exist, got 301"),
+        ({"bits": 4}, "argument --bits: invalid choice: 4"),
+        ({"temperature": 0}, "--temperature: must be a number above 0"),
+        ({"teacher": None}, "required: --teacher"),
+        ({"teacher": "{assets}/weightless"}, "weightless holds no weights"),
+        ({"teacher": "{assets}/unmaskable"}, "masked-lm needs a tokenizer with a mask token"),
+        ({"dataset": "/no/such.txt"}, "--dataset /no/such.txt does not exist"),
+        ({"output": "{assets}"}, "is in the way: the directory of a new cache is empty"),
+        ({"output": "{assets}/text.txt"}, "cannot write {assets}/text.txt: File exists"),
+        ({"block_size": 33}, "--block-size 33 is longer than the 32 tokens"),
+    ],
+)
+def test_build_errors_are_one_line_and_status_2(build, assets, tmp_path, capfd, changes, message):
+    changes = {
+        name: value.format(assets=assets) if isinstance(value, str) else value
+        for name, value in changes.items()
+    }
+    assert build(**changes) == 2
+    output = capfd.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert output.err.startswith("kdfast: error: ")
+    assert message.format(assets=assets) in output.err
+    assert not (tmp_path / "teacher").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"teacher": "{assets}/causal"},
+            "argument --teacher-cache: not allowed with argument --teacher",
+        ),
+        ({"teacher_cache": None}, "one of the arguments --teacher --teacher-cache is required"),
+        ({"teacher_cache": "{assets}"}, "manifest.json is missing"),
+        ({"temperature": 3}, "--temperature 3.0: the teacher cache in"),
+        ({"eval_fraction": 0.1}, "--eval-fraction 0.1: the teacher cache in"),
+        ({"block_size": 16}, "--block-size 16: the teacher cache in"),
+        ({"task": "masked-lm"}, "--task masked-lm: the teacher cache in"),
+        ({"text_column": "body"}, "--text-column body: the teacher cache in"),
+        ({"mlm_probability": 0.15}, "--mlm-probability 0.15: the teacher cache in"),
+        ({"student": "{assets}/other"}, "tokenizer (280 tokens) and the teacher's (300) differ"),
+        ({"dataset": ["{assets}/text.txt"] * 2}, "it was built from other files"),
+        ({"dataset": "{assets}/other.txt"}, "shard-00000.parquet, row 0: the teacher saw other"),
+        ({"recipe": "truncated", "k": 301}, "k must be at most the teacher cache's, 300, got 301"),
+        ({"k": 3}, "--k is no setting of the recipe hinton"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_one_line_and_status_2(
+    distill, assets, caches, tmp_path, capfd, changes, message
+):
+    # As many tokens as the cached text, in another order.
+    text = (assets / "text.txt").read_text()
+    swapped = text.replace(" make ", " @ ").replace(" says ", " make ").replace(" @ ", " says ")
+    (assets / "other.txt").write_text(swapped)
+
+    def filled(value: object) -> object:
+        if isinstance(value, list):
+            return [filled(part) for part in value]
+        return value.format(assets=assets) if isinstance(value, str) else value
+
+    changes = {name: filled(value) for name, value in changes.items()}
+    assert distill(**{"teacher_cache": caches / "causal", **changes}) == 2
+    output = capfd.readouterr()
+    assert output.err.count("\n") == 1
+    assert output.err.startswith("kdfast: error: ")
+    assert message in output.err
+
+
 def test_no_command_is_an_error(capfd):
     assert cli.main([]) == 2
+    assert cli.main(["cache"]) == 2
     assert capfd.readouterr().err.startswith("kdfast: error: ")
 
 

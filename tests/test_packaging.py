@@ -10,7 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXTENSION = "kdfast/_C."
-PYTHON_FILES = {"kdfast/ops/kd_loss.py", "kdfast/kernels/kd_loss.py", "kdfast/trainer/__init__.py"}
+PYTHON_FILES = {
+    "kdfast/ops/kd_loss.py",
+    "kdfast/kernels/kd_loss.py",
+    "kdfast/teacher_cache/__init__.py",
+    "kdfast/trainer/__init__.py",
+}
 
 
 def pip_wheel(source: Path, into: Path, **environment: str) -> subprocess.CompletedProcess:
