@@ -1,15 +1,17 @@
 """Distillation on real text, in minutes and without a download: `make demo`.
 
-A teacher is trained on the documentation that Python itself carries. Two students of the same size,
-initialisation and data order then take the same number of steps, one alone and one towards the
-teacher. What comes out is a table and a plot of what they know, how fast they are and what the
-loss costs; the exit status is 1 if distillation did not help.
+A teacher is trained on the documentation that Python itself carries. Three students of the same
+size, initialisation and data order then take the same number of steps: one alone, one towards the
+teacher, and one towards a cache of what the teacher said, without the teacher. What comes out is a
+table and a plot of what they know, how fast they are and what the loss costs; the exit status is 1
+if distillation did not help.
 """
 
 import ast
 import copy
 import math
 import random
+import shutil
 import sys
 import sysconfig
 import time
@@ -37,7 +39,8 @@ from transformers import (
 )
 
 import kdfast
-from kdfast.trainer import DistillationTrainer, hinton
+from kdfast.teacher_cache import TeacherCache, build_cache
+from kdfast.trainer import DistillationTrainer, Recipe, hinton, truncated
 
 OUTPUT = Path("runs/demo")
 SEED = 0
@@ -55,6 +58,7 @@ STUDENT_STEPS, STUDENT_LEARNING_RATE = 240, 6e-3
 EVALUATIONS = 6
 
 TEMPERATURE, ALPHA = 2.0, 0.9
+CACHED_ENTRIES = 32
 
 COLOURS = {
     "teacher": "#8d99a6",
@@ -74,6 +78,8 @@ class Run:
     # (step, perplexity on held-out text)
     curve: list[tuple[int, float]] = field(default_factory=list)
     tokens_per_second: float = 0.0
+    # Without the evaluations.
+    training_seconds: float = 0.0
 
     @property
     def perplexity(self) -> float:
@@ -105,6 +111,7 @@ def main() -> int:
     student = build(STUDENT, tokenizer)
     alone = Run("alone", copy.deepcopy(student))
     fit(alone, blocks, held_out, tokenizer, STUDENT_STEPS, STUDENT_LEARNING_RATE)
+    cached = Run("cached", copy.deepcopy(student))
     distilled = Run("distilled", student)
     fit(
         distilled,
@@ -113,7 +120,19 @@ def main() -> int:
         tokenizer,
         STUDENT_STEPS,
         STUDENT_LEARNING_RATE,
+        recipe=hinton(TEMPERATURE, ALPHA),
         teacher=teacher.model,
+    )
+    cache, cache_seconds = fill_cache(teacher.model, blocks)
+    fit(
+        cached,
+        blocks,
+        held_out,
+        tokenizer,
+        STUDENT_STEPS,
+        STUDENT_LEARNING_RATE,
+        recipe=truncated(CACHED_ENTRIES, "bucket", TEMPERATURE, ALPHA),
+        teacher_cache=cache,
     )
 
     runs = [teacher, alone, distilled]
@@ -122,6 +141,7 @@ def main() -> int:
     costs = loss_costs(distilled.model, teacher.model, held_out[:BATCH])
 
     print("\n" + table(runs, costs))
+    print("\n" + teachers_table(distilled, cached, cache, cache_seconds))
     draw(runs, costs, OUTPUT / "demo.png")
     print(f"\n{OUTPUT / 'demo.png'}, the student in {OUTPUT / 'distilled'}")
     print(f"{time.perf_counter() - started:.0f} s in all")
@@ -216,8 +236,9 @@ def fit(
     steps: int,
     learning_rate: float,
     *,
-    teacher: LlamaForCausalLM | None = None,
+    recipe: Recipe | None = None,
     evaluations: int = EVALUATIONS,
+    **teacher: LlamaForCausalLM | TeacherCache,
 ) -> None:
     """Train with the same trainer, seed and settings either way; only the loss differs."""
     print(f"\n{run.name}: {count_parameters(run.model):,} parameters, {steps} steps", flush=True)
@@ -236,10 +257,15 @@ def fit(
         use_cpu=True,
     )
 
+    evaluating = 0.0
+
     class Perplexity(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
+            nonlocal evaluating
             if state.global_step % (steps // evaluations) == 0:
+                started = time.perf_counter()
                 run.curve.append((state.global_step, perplexity(run.model, held_out)))
+                evaluating += time.perf_counter() - started
 
     common = {
         "model": run.model,
@@ -249,13 +275,34 @@ def fit(
         "processing_class": tokenizer,
         "callbacks": [Perplexity()],
     }
-    if teacher is None:
+    if recipe is None:
         trainer = Trainer(**common)
     else:
-        objective = hinton(temperature=TEMPERATURE, alpha=ALPHA).objective
-        trainer = DistillationTrainer(**common, teacher=teacher, objective=objective)
+        trainer = DistillationTrainer(**common, **teacher, objective=recipe.objective)
+    started = time.perf_counter()
     trainer.train()
+    run.training_seconds = time.perf_counter() - started - evaluating
     trainer.save_model()
+
+
+def fill_cache(
+    teacher: LlamaForCausalLM, blocks: list[dict[str, Tensor]]
+) -> tuple[TeacherCache, float]:
+    """What the teacher says of every training token, and the seconds that it took to ask."""
+    print(f"\ncache: {len(blocks) * BLOCK:,} tokens, {CACHED_ENTRIES} entries each", flush=True)
+    directory = OUTPUT / "cache"
+    # That of an earlier run is of another teacher.
+    shutil.rmtree(directory, ignore_errors=True)
+    started = time.perf_counter()
+    cache = build_cache(
+        teacher,
+        blocks,
+        directory,
+        k=CACHED_ENTRIES,
+        temperature=TEMPERATURE,
+        batch_size=BATCH,
+    )
+    return cache, time.perf_counter() - started
 
 
 def batches(blocks: list[dict[str, Tensor]]) -> Iterator[Tensor]:
@@ -338,6 +385,22 @@ def table(runs: list[Run], costs: dict[str, tuple[float, int]]) -> str:
     for name, (seconds, memory) in costs.items():
         label = "PyTorch" if name == "eager" else "kdfast"
         lines.append(f"{label:<20}{'':>12}{seconds * 1e3:>12.1f}{memory / 1e6:>12.0f}")
+    return "\n".join(lines)
+
+
+def teachers_table(distilled: Run, cached: Run, cache: TeacherCache, cache_seconds: float) -> str:
+    """The teacher at hand beside what was kept of it."""
+    headings = ("training s", "perplexity", "MB", "bytes/token")
+    lines = [f"{'student towards':<20}" + "".join(f"{heading:>12}" for heading in headings)]
+    for name, run, size in (
+        ("the teacher", distilled, ("", "")),
+        ("its cache", cached, (f"{cache.nbytes / 1e6:.1f}", f"{cache.bytes_per_token:.0f}")),
+    ):
+        lines.append(
+            f"{name:<20}{run.training_seconds:>12.1f}{run.perplexity:>12.1f}"
+            f"{size[0]:>12}{size[1]:>12}"
+        )
+    lines.append(f"the cache was filled once, in {cache_seconds:.1f} s")
     return "\n".join(lines)
 
 

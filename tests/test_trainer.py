@@ -567,6 +567,7 @@ trainer.train()
 trainer.evaluate()
 if trainer.is_world_process_zero():
     torch.save(trainer.state.log_history, f"{folder}/log.pt")
+torch.distributed.destroy_process_group()
 """
 
 

@@ -1,7 +1,7 @@
 """Distillation on `transformers.Trainer`: objectives, recipes and the trainer that runs them."""
 
-from kdfast.trainer.objective import HardLabels, Logits, Objective
-from kdfast.trainer.recipes import RECIPES, Recipe, hinton
+from kdfast.trainer.objective import HardLabels, Logits, Objective, TruncatedLogits
+from kdfast.trainer.recipes import RECIPES, Recipe, hinton, truncated
 from kdfast.trainer.trainer import DistillationTrainer
 from kdfast.trainer.vocabulary import check_same_vocabulary
 
@@ -12,6 +12,8 @@ __all__ = [
     "Logits",
     "Objective",
     "Recipe",
+    "TruncatedLogits",
     "check_same_vocabulary",
     "hinton",
+    "truncated",
 ]

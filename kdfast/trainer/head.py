@@ -6,15 +6,28 @@ forward pass of the model it is replaced, and returns logits of width 0, which t
 model's forward hands on.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kdfast.ops.arguments import FLOATING
+from kdfast.ops.head import (
+    Head,
+    chunk_budget,
+    chunks_of,
+    largest,
+    logits_buffer,
+    product_dtype,
+    rows_within,
+    wide_dtype,
+)
+from kdfast.ops.truncated_softmax import TruncatedSoftmax
 
 # The entries of a model's configuration that say what it does with the head's outputs: it
 # multiplies by (Cohere, Falcon-H1) or divides by (Granite) the first, and caps at the second (the
@@ -26,6 +39,12 @@ SOFTCAP_NAMES = ("final_logit_softcapping", "logits_soft_cap", "output_logit_sof
 # their columns matter, and values to both sides of every softcap.
 PROBE_TOKENS = 8
 PROBE_LIMIT = 100.0
+
+
+Result = TypeVar("Result")
+
+# The label of tokens that do not count.
+IGNORE_INDEX = -100
 
 
 class UnknownHead(Exception):
@@ -51,16 +70,63 @@ class OutputHead:
         logits = logits * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def hidden_states(self, forward: Callable[[], object]) -> Tensor:
-        """The inputs of `linear` in a run of `forward`, `[batch, positions, hidden]`.
+    def keywords(self, owner: str) -> dict[str, Tensor | float | None]:
+        """What the losses of hidden states call `owner`'s head, all but its weight."""
+        return {
+            f"{owner}_bias": self.linear.bias,
+            f"{owner}_logit_scale": self.logit_scale,
+            f"{owner}_softcap": self.softcap,
+        }
+
+    def in_place(
+        self, function: Callable[[Tensor], Result], forward: Callable[[], object]
+    ) -> Result:
+        """`function` of the inputs of `linear` in a run of `forward`, where `linear` would run.
+
+        Args:
+            function: of hidden states, `[batch, positions, hidden]`.
 
         Raises:
             RuntimeError: `forward` does not call `linear`, or calls it again.
         """
-        seen = []
-        with _replaced_forward(self.linear, _once(seen, lambda hidden: hidden)):
+        results = []
+        with _replaced_forward(self.linear, _once(results, function)):
             forward()
-        return _only(seen)
+        return _only(results)
+
+    def truncated(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        truncate: Callable[[Tensor], TruncatedSoftmax],
+        entries: int,
+    ) -> TruncatedSoftmax:
+        """`truncate` of the logits of `hidden`, of which no more exist at once than a chunk.
+
+        Args:
+            hidden: `[..., H]`.
+            labels: `[...]`. On the CPU, tokens labelled `IGNORE_INDEX` get no entries.
+            truncate: maps logits `[rows, V]` to `entries` each.
+        """
+        # Autocast would round what the head's products keep wide.
+        device = hidden.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        rows, weight, bias = hidden.flatten(0, -2), self.linear.weight, self.linear.bias
+        dtype = product_dtype(rows, weight, autocast)
+        wide, vocab = wide_dtype(dtype), len(weight)
+        size = rows_within(chunk_budget(hidden.device), vocab, dtype, tensors=1)
+        chunks = chunks_of(len(rows), size, labels.flatten(), IGNORE_INDEX)
+
+        log_probs = rows.new_full((len(rows), entries), -math.inf, dtype=wide)
+        indices = rows.new_full((len(rows), entries), -1, dtype=torch.int64)
+        buffer = logits_buffer(largest(chunks, len(rows)), vocab, wide, hidden.device)
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            head = Head(rows, weight, bias, self.logit_scale, self.softcap, dtype)
+            for chunk in chunks:
+                part = rows[chunk].to(dtype)
+                log_probs[chunk], indices[chunk] = truncate(head.logits(part, buffer[: len(part)]))
+        shape = (*hidden.shape[:-1], entries)
+        return TruncatedSoftmax(log_probs.view(shape), indices.view(shape))
 
     def loss(
         self,
@@ -211,7 +277,7 @@ def _replaced_forward(linear: nn.Linear, replacement: Callable[[Tensor], Tensor]
         del linear.forward
 
 
-def _once(results: list[Tensor], function: Callable[[Tensor], Tensor]) -> Callable:
+def _once(results: list[Result], function: Callable[[Tensor], Result]) -> Callable:
     """A forward that keeps `function` of its input and returns logits of width 0."""
 
     def forward(hidden: Tensor) -> Tensor:
@@ -226,7 +292,7 @@ def _once(results: list[Tensor], function: Callable[[Tensor], Tensor]) -> Callab
     return forward
 
 
-def _only(results: list[Tensor]) -> Tensor:
+def _only(results: list[Result]) -> Result:
     if not results:
         raise RuntimeError(
             "the model does not call its output head, which it did when it was tried; "

@@ -2,13 +2,23 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import UnionType
 
 from torch import Tensor
 
-from kdfast.ops.arguments import check_choice, check_number
+from kdfast.ops.arguments import (
+    check_choice,
+    check_count,
+    check_number,
+    checked_vocab_size,
+)
 from kdfast.ops.kd_loss import kd_loss
 from kdfast.ops.linear_kd_loss import linear_kd_loss
-from kdfast.reference import DIVERGENCES
+from kdfast.ops.linear_topk_kd_loss import linear_topk_kd_loss
+from kdfast.ops.sampled_softmax import sampled_softmax
+from kdfast.ops.topk_kd_loss import topk_kd_loss
+from kdfast.ops.truncated_softmax import TruncatedSoftmax, truncated_softmax
+from kdfast.reference import DIVERGENCES, TAIL_DIVERGENCES, TAILS
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,89 @@ class Logits:
 
 
 @dataclass(frozen=True)
+class TruncatedLogits:
+    """A few entries of the teacher's distribution; the keywords are those of `topk_kd_loss`.
+
+    Of a teacher at hand they are the `k` largest, or a random sample. A teacher cache has made that
+    choice when it was built, and the settings have to fit it.
+
+    Args:
+        k: how many entries of each token to keep, without `draws`.
+        tail: what becomes of the rest, as in `kdfast.topk_kd_loss`.
+        temperature: of student and teacher.
+        draws: sample the teacher with `kdfast.sampled_softmax` instead, this many times per token.
+            It needs `tail="none"`.
+        proposal_temperature: of the sampling. None takes `temperature`.
+
+    Raises:
+        TypeError, ValueError: naming the setting, what came and what was expected.
+
+    Example:
+        >>> objective = Objective([TruncatedLogits(0.9, k=32, temperature=2.0), HardLabels(0.1)])
+    """
+
+    weight: float = 1.0
+    k: int = 64
+    tail: str = "bucket"
+    temperature: float = 1.0
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+    scale_t2: bool = True
+    draws: int | None = None
+    proposal_temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        check_number("weight", self.weight, 0)
+        check_count("k", self.k)
+        check_choice("tail", self.tail, TAILS)
+        check_number("temperature", self.temperature, 0, open_low=True)
+        check_number("beta", self.beta, 0, 1)
+        if self.divergence not in TAIL_DIVERGENCES[self.tail]:
+            raise ValueError(
+                f"divergence must be one of {TAIL_DIVERGENCES[self.tail]} with tail={self.tail!r}, "
+                f"got {self.divergence!r}"
+            )
+        if self.draws is not None:
+            check_count("draws", self.draws)
+            if self.tail != "none":
+                raise ValueError(f"tail must be 'none' with draws, got {self.tail!r}")
+        if self.proposal_temperature is not None:
+            check_number("proposal_temperature", self.proposal_temperature, 0, open_low=True)
+            if self.draws is None:
+                raise ValueError("proposal_temperature needs draws: the k largest are not drawn")
+
+    @property
+    def entries(self) -> int:
+        """How many entries of each token there are room for."""
+        return self.k if self.draws is None else self.draws
+
+    def truncate(self, logits: Tensor, vocab_size: int | None = None) -> TruncatedSoftmax:
+        """The entries of a teacher's logits `[..., V]`, each `[..., entries]`.
+
+        Args:
+            vocab_size: the columns that exist; None takes all.
+
+        Raises:
+            TypeError, ValueError: as of `kdfast.truncated_softmax` and `kdfast.sampled_softmax`.
+
+        Example:
+            >>> top = TruncatedLogits(k=32).truncate(teacher(batch).logits.detach())
+        """
+        if self.draws is None:
+            return truncated_softmax(
+                logits, self.k, temperature=self.temperature, vocab_size=vocab_size
+            )
+        return sampled_softmax(
+            logits[..., :vocab_size],
+            self.draws,
+            temperature=self.temperature,
+            proposal_temperature=(
+                self.temperature if self.proposal_temperature is None else self.proposal_temperature
+            ),
+        )
+
+
+@dataclass(frozen=True)
 class HardLabels:
     """Cross entropy with the labels, always at temperature 1.
 
@@ -49,7 +142,8 @@ class HardLabels:
         check_number("weight", self.weight, 0)
 
 
-Term = Logits | HardLabels
+Term = Logits | TruncatedLogits | HardLabels
+KINDS = (Logits, TruncatedLogits, HardLabels)
 
 
 @dataclass(frozen=True)
@@ -57,7 +151,7 @@ class Objective:
     """Σ weight · term, over at most one term of each kind.
 
     Args:
-        terms: the terms, one of them `Logits`.
+        terms: the terms, one of them `Logits` or `TruncatedLogits`.
 
     Raises:
         TypeError: something in `terms` is not a term.
@@ -73,14 +167,21 @@ class Objective:
         object.__setattr__(self, "terms", tuple(self.terms))
         kinds = [type(term) for term in self.terms]
         for kind in kinds:
-            if kind not in (Logits, HardLabels):
-                raise TypeError(f"terms must be Logits or HardLabels, got {kind.__name__}")
+            if kind not in KINDS:
+                raise TypeError(
+                    f"terms must be Logits, TruncatedLogits or HardLabels, got {kind.__name__}"
+                )
             if kinds.count(kind) > 1:
                 raise ValueError(
                     f"terms must hold at most one {kind.__name__}, got {kinds.count(kind)}"
                 )
-        if Logits not in kinds:
-            raise ValueError("terms must hold Logits: without it nothing comes from the teacher")
+        if not {Logits, TruncatedLogits} & set(kinds):
+            raise ValueError(
+                "terms must hold Logits or TruncatedLogits: without it nothing comes from the "
+                "teacher"
+            )
+        if {Logits, TruncatedLogits} <= set(kinds):
+            raise ValueError("terms must hold one of Logits and TruncatedLogits, got both")
         if not any(term.weight > 0 for term in self.terms):
             raise ValueError("terms must hold one of a weight above 0")
 
@@ -89,13 +190,18 @@ class Objective:
         """Whether a batch without labels is an error."""
         return self._term(HardLabels) is not None
 
-    def _term(self, kind: type[Term]) -> Term | None:
+    @property
+    def soft(self) -> Logits | TruncatedLogits:
+        """The term of the teacher's outputs."""
+        return self._term(Logits | TruncatedLogits)
+
+    def _term(self, kind: type[Term] | UnionType) -> Term | None:
         return next((term for term in self.terms if isinstance(term, kind)), None)
 
     def __call__(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor,
+        teacher: Tensor | TruncatedSoftmax,
         labels: Tensor | None = None,
         *,
         num_items: float | Tensor | None = None,
@@ -106,11 +212,13 @@ class Objective:
 
         Args:
             student_logits: `[..., V_s]`, floating. Gradients flow here.
-            teacher_logits: `[..., V_t]`.
+            teacher: its logits `[..., V_t]`; for `TruncatedLogits` also what is left of them,
+                `[..., k]`.
             labels: `[...]`, integers, −100 where nothing counts.
             num_items: the divisor, as in `kdfast.kd_loss`; None takes the number of counted
                 positions.
-            vocab_size: the columns that exist on both sides, as in `kdfast.kd_loss`.
+            vocab_size: the columns that exist on both sides, as in `kdfast.kd_loss`; the student's,
+                for a truncated teacher.
             overwrite_student_logits: as in `kdfast.kd_loss`.
 
         Returns:
@@ -118,9 +226,21 @@ class Objective:
             without its weight and without T²; `hard_loss` is the cross entropy without its weight,
             absent without labels.
         """
-        parts = kd_loss(
+        loss = kd_loss
+        if isinstance(self.soft, TruncatedLogits):
+            loss = topk_kd_loss
+            if isinstance(teacher, Tensor):
+                vocab_size = checked_vocab_size(
+                    vocab_size,
+                    student_logits.shape[-1],
+                    teacher.shape[-1],
+                    ("student_logits", "teacher"),
+                    "columns",
+                )
+                teacher = self.soft.truncate(teacher, vocab_size)
+        parts = loss(
             student_logits,
-            teacher_logits,
+            teacher,
             labels,
             vocab_size=vocab_size,
             num_items=num_items,
@@ -141,7 +261,7 @@ class Objective:
         vocab_size: int | None = None,
         **heads: Tensor | float | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same of logits that never exist, as in `kdfast.linear_kd_loss`.
+        """The same of logits that never exist, as in `kdfast.linear_kd_loss`, for `Logits`.
 
         Args:
             student_hidden, student_weight: `[..., H_s]` and `[V_s, H_s]`. Gradients flow here, and
@@ -167,17 +287,57 @@ class Objective:
         )
         return self._weighted(parts, labels)
 
+    def from_truncated(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher: TruncatedSoftmax,
+        labels: Tensor | None = None,
+        *,
+        num_items: float | Tensor | None = None,
+        vocab_size: int | None = None,
+        **head: Tensor | float | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same, as in `kdfast.linear_topk_kd_loss`, for `TruncatedLogits`.
+
+        Args:
+            student_hidden, student_weight: `[..., H]` and `[V, H]`. Gradients flow here, and to
+                `student_bias`.
+            teacher: what is left of it, `[..., k]`.
+            labels, num_items: as for a call.
+            vocab_size: the rows of the weight that exist.
+            **head: `student_bias`, `student_logit_scale`, `student_softcap`.
+
+        Returns:
+            `(total, terms)`, as of a call.
+        """
+        parts = linear_topk_kd_loss(
+            student_hidden,
+            student_weight,
+            teacher,
+            labels,
+            vocab_size=vocab_size,
+            num_items=num_items,
+            **head,
+            **self._keywords(),
+        )
+        return self._weighted(parts, labels)
+
     @property
     def _weight(self) -> float:
         return sum(term.weight for term in self.terms)
 
     def _keywords(self) -> dict[str, object]:
-        soft = self._term(Logits)
+        soft = self.soft
+        if isinstance(soft, Logits):
+            own = {"teacher_temperature": soft.teacher_temperature}
+        else:
+            own = {"tail": soft.tail}
         return {
+            **own,
             "divergence": soft.divergence,
             "beta": soft.beta,
             "temperature": soft.temperature,
-            "teacher_temperature": soft.teacher_temperature,
             "scale_t2": soft.scale_t2,
             # One sweep serves both terms: it takes weights that sum to 1.
             "alpha": soft.weight / self._weight,

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +12,22 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from kdfast.trainer.head import OutputHead, UnknownHead, find_head, is_compiled, output_embeddings
-from kdfast.trainer.objective import Objective
+from kdfast.ops.truncated_softmax import TruncatedSoftmax
+from kdfast.teacher_cache import TeacherCache
+from kdfast.trainer.cached import SAMPLE, CachedCollator, attach, fitted, pop_rows
+from kdfast.trainer.head import (
+    IGNORE_INDEX,
+    OutputHead,
+    UnknownHead,
+    find_head,
+    is_compiled,
+    output_embeddings,
+)
+from kdfast.trainer.objective import Objective, TruncatedLogits
 from kdfast.trainer.recipes import hinton
 from kdfast.trainer.vocabulary import check_same_vocabulary
 
 logger = logging.get_logger(__name__)
-
-IGNORE_INDEX = -100
 
 
 class DistillationTrainer(Trainer):
@@ -34,19 +43,29 @@ class DistillationTrainer(Trainer):
     under inference mode. It is neither wrapped nor saved. Inputs that only one of the two models
     names go to that one alone.
 
+    Instead of a teacher there may be a teacher cache (`kdfast.teacher_cache`): each batch then
+    brings what the teacher said of it, and no teacher is in memory. The objective's soft term has
+    to fit the cache: its temperature, at most its k, its draws; `Logits` is taken as
+    `TruncatedLogits`, with a warning.
+
     Training steps of language models build no logits: the loss is computed in the place of the
-    student's output head, by `kdfast.linear_kd_loss`. Both models have to end in a plain
-    `nn.Linear`, with nothing behind it but a scale or a soft cap that their configurations name;
-    where they do not, a warning says so once, and `kdfast.kd_loss` takes their logits. Evaluation
-    always has logits.
+    student's output head, by `kdfast.linear_kd_loss` or `kdfast.linear_topk_kd_loss`. Both models
+    have to end in a plain `nn.Linear`, with nothing behind it but a scale or a soft cap that their
+    configurations name; where they do not, a warning says so once, and `kdfast.kd_loss` or
+    `kdfast.topk_kd_loss` takes their logits. Evaluation always has logits.
 
     Args:
         *args, **kwargs: as for `transformers.Trainer`; `model` is the student.
         teacher: maps the batch to logits of the student's shape; a wider or narrower vocabulary is
             allowed.
+        teacher_cache: what `kdfast.teacher_cache.build_cache` made of a teacher, in its place. The
+            training set, and the evaluation set where the cache holds it behind the training set,
+            get their column `teacher_sample` (`TeacherCache.attach`) unless they have it. An
+            evaluation set that the cache does not hold is evaluated by the hard loss alone, with a
+            warning.
         objective: None takes `hinton().objective`.
         vocab_size: the tokens that both models have. None takes the narrower of the two logits,
-            with a warning if they differ.
+            with a warning if they differ; with a teacher cache it is the cache's.
         shift_labels: whether position i's logits predict label i + 1. None decides by the student's
             class: causal language models do.
         teacher_tokenizer: to be compared with `processing_class`, the student's tokenizer.
@@ -57,10 +76,12 @@ class DistillationTrainer(Trainer):
             operation.
 
     Raises:
-        TypeError, ValueError: a teacher that is the student, tokenizers that differ, an argument of
-            `transformers.Trainer` that changes the loss (`compute_loss_func`,
-            `label_smoothing_factor`); at a step, a batch without the labels that the objective
-            needs.
+        TypeError, ValueError: a teacher that is the student, no teacher or two, tokenizers that
+            differ, an argument of `transformers.Trainer` that changes the loss
+            (`compute_loss_func`, `label_smoothing_factor`); a teacher cache that the objective,
+            the training set or a data collator which masks tokens does not fit; at a step, a batch
+            without the labels that the objective needs, or with other tokens than the cached
+            teacher saw.
 
     Example:
         >>> objective = hinton(temperature=4.0, alpha=0.9).objective
@@ -73,7 +94,8 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         *args: object,
-        teacher: nn.Module,
+        teacher: nn.Module | None = None,
+        teacher_cache: TeacherCache | None = None,
         objective: Objective | None = None,
         vocab_size: int | None = None,
         shift_labels: bool | None = None,
@@ -82,15 +104,19 @@ class DistillationTrainer(Trainer):
         overwrite_student_logits: bool = False,
         **kwargs: object,
     ) -> None:
+        if (teacher is None) == (teacher_cache is None):
+            got = "neither" if teacher is None else "both"
+            raise ValueError(f"exactly one of teacher and teacher_cache must be given, got {got}")
         super().__init__(*args, **kwargs)
         self._check_loss_is_ours(teacher)
         if teacher_tokenizer is not None and self.processing_class is not None:
             check_same_vocabulary(self.processing_class, teacher_tokenizer)
 
         # A model spread over devices stays where it is.
-        if getattr(teacher, "hf_device_map", None) is None:
+        if teacher is not None and getattr(teacher, "hf_device_map", None) is None:
             teacher = teacher.to(self.args.device)
-        self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
+        self.teacher_cache = teacher_cache
         self.objective = hinton().objective if objective is None else objective
         self.vocab_size = vocab_size
         self.fuse_head = fuse_head
@@ -105,14 +131,16 @@ class DistillationTrainer(Trainer):
 
         student_names, teacher_names = (
             set(inspect.signature(m.forward).parameters)
-            for m in (student, _without_adapter(teacher))
+            for m in (student, student if teacher is None else _without_adapter(teacher))
         )
         self._student_only = student_names - teacher_names
         self._teacher_only = teacher_names - student_names
         self._teacher_options = {"use_cache": False} if "use_cache" in teacher_names else {}
+        if teacher_cache is not None:
+            self._take_from(teacher_cache)
 
         # What was found out about the output heads, and of which student.
-        self._heads: tuple[OutputHead, OutputHead] | None = None
+        self._heads: tuple[OutputHead, OutputHead | None] | None = None
         self._heads_of: nn.Module | None = None
         self._terms: dict[str, Tensor] = {}
         self._term_sums: dict[str, Tensor] = {}
@@ -134,6 +162,25 @@ class DistillationTrainer(Trainer):
                 f"got {self.args.label_smoothing_factor}"
             )
 
+    def _take_from(self, cache: TeacherCache) -> None:
+        """Batches with the cache's rows, and an objective that fits them."""
+        if not isinstance(cache, TeacherCache):
+            raise TypeError(f"teacher_cache must be a TeacherCache, got {type(cache).__name__}")
+        if self.vocab_size not in (None, cache.vocab_size):
+            raise ValueError(
+                f"vocab_size must be the teacher cache's, {cache.vocab_size}, got {self.vocab_size}"
+            )
+        self.vocab_size = cache.vocab_size
+        tokenizer = self.processing_class
+        # A cache that was built without a tokenizer can still be trained with one.
+        if isinstance(tokenizer, PreTrainedTokenizerBase) and cache.manifest["tokenizer"]:
+            cache.check_tokenizer(tokenizer)
+        self.objective = fitted(self.objective, cache)
+        self.data_collator = CachedCollator(
+            self.data_collator, cache, self.objective.soft.entries, self.shift_labels
+        )
+        self.train_dataset, self.eval_dataset = attach(cache, self.train_dataset, self.eval_dataset)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -146,7 +193,12 @@ class DistillationTrainer(Trainer):
         # Without labels the student computes no loss of its own, and without skip_logits Liger's
         # models return logits.
         inputs.pop("skip_logits", None)
-        labels = self._pop_labels(inputs)
+        labels, cached = self._pop_labels(inputs), pop_rows(inputs)
+        if self.teacher is None and cached is None and model.training:
+            raise ValueError(
+                "the batch has nothing of the teacher cache: give its dataset the column "
+                f"{SAMPLE} with TeacherCache.attach"
+            )
         student_inputs = {k: v for k, v in inputs.items() if k not in self._teacher_only}
         teacher_inputs = {k: v for k, v in inputs.items() if k not in self._student_only}
         teacher_inputs |= self._teacher_options
@@ -157,19 +209,19 @@ class DistillationTrainer(Trainer):
         if self.fuse_head and model.training and not return_outputs and _is_per_token(labels):
             heads = self._output_heads(model, student_inputs, teacher_inputs)
         if heads is None:
-            with torch.inference_mode():
-                teacher_logits = _logits(self.teacher(**teacher_inputs))
+            teacher = self._teacher_logits(teacher_inputs) if cached is None else cached
             outputs = model(**student_inputs)
             loss, self._terms = self._of_logits(
                 _logits(outputs),
-                teacher_logits,
+                teacher,
                 labels,
                 num_items,
                 overwrite=self.overwrite_student_logits and model.training and not return_outputs,
             )
         else:
+            teacher = self._teacher_at_head(heads, teacher_inputs, labels, cached)
             loss, self._terms = self._of_hidden(
-                heads, model, student_inputs, teacher_inputs, labels, num_items
+                heads, model, student_inputs, teacher, labels, num_items
             )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The divisor counted the tokens of every process, and the processes' gradients are
@@ -182,19 +234,26 @@ class DistillationTrainer(Trainer):
         # Trainer takes a tuple's first entry for the loss, which the student was not asked for.
         return loss, outputs if isinstance(outputs, dict) else (loss, *outputs)
 
+    def _teacher_logits(self, inputs: dict[str, object]) -> Tensor | None:
+        """None of a batch that the cache does not hold."""
+        if self.teacher is None:
+            return None
+        with torch.inference_mode():
+            return _logits(self.teacher(**inputs))
+
     def _of_logits(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor,
+        teacher: Tensor | TruncatedSoftmax | None,
         labels: Tensor | None,
         num_items: Tensor | None,
         *,
         overwrite: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if student_logits.dtype == torch.float16:
+        if isinstance(teacher, Tensor) and student_logits.dtype == torch.float16:
             # kd_loss keeps float16 inputs for the backward pass, and autograd saves no inference
             # tensor.
-            teacher_logits = teacher_logits.clone()
+            teacher = teacher.clone()
 
         per_token = student_logits.dim() > 2
         if labels is None and (per_token or self.objective.needs_labels):
@@ -203,48 +262,97 @@ class DistillationTrainer(Trainer):
                 if self.objective.needs_labels
                 else f"the batch has no labels: they say which tokens count ({IGNORE_INDEX}: not)"
             )
-        widths = student_logits.shape[-1], teacher_logits.shape[-1]
+        if teacher is None:
+            return self._hard_loss(student_logits, labels, num_items)
+        vocab_size = self.vocab_size
+        if isinstance(teacher, Tensor):
+            widths = student_logits.shape[-1], teacher.shape[-1]
+            vocab_size = self._shared_vocab_size(*widths, per_token=per_token)
         return self.objective(
             student_logits,
-            teacher_logits,
+            teacher,
             labels,
             num_items=num_items,
-            vocab_size=self._shared_vocab_size(*widths, per_token=per_token),
+            vocab_size=vocab_size,
             overwrite_student_logits=overwrite,
         )
 
+    def _hard_loss(
+        self, student_logits: Tensor, labels: Tensor, num_items: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is left to evaluate without a teacher."""
+        logits = student_logits[..., : self.vocab_size].float().flatten(0, -2)
+        loss = nn.functional.cross_entropy(
+            logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+        counted = (labels != IGNORE_INDEX).sum() if num_items is None else num_items
+        loss = loss / counted.clamp_min(1)
+        return loss, {"hard_loss": loss.detach()}
+
+    def _teacher_at_head(
+        self,
+        heads: tuple[OutputHead, OutputHead | None],
+        inputs: dict[str, object],
+        labels: Tensor,
+        cached: TruncatedSoftmax | None,
+    ) -> Tensor | TruncatedSoftmax:
+        """The teacher without its logits: hidden states, or what the objective leaves of it."""
+        if cached is not None:
+            return cached
+        (student, teacher), soft = heads, self.objective.soft
+        widths = student.linear.out_features, teacher.linear.out_features
+
+        def outputs(hidden: Tensor) -> Tensor | TruncatedSoftmax:
+            if not isinstance(soft, TruncatedLogits):
+                return hidden
+            vocab_size = self._shared_vocab_size(*widths, per_token=True)
+            truncate = partial(soft.truncate, vocab_size=vocab_size)
+            return teacher.truncated(hidden, labels, truncate, soft.entries)
+
+        with torch.inference_mode():
+            found = teacher.in_place(outputs, lambda: self.teacher(**inputs))
+        if isinstance(found, Tensor):
+            return found
+        # Autograd saves no inference tensor, and these are small.
+        return TruncatedSoftmax(*(entries.clone() for entries in found))
+
     def _of_hidden(
         self,
-        heads: tuple[OutputHead, OutputHead],
+        heads: tuple[OutputHead, OutputHead | None],
         model: nn.Module,
         student_inputs: dict[str, object],
-        teacher_inputs: dict[str, object],
+        teacher: Tensor | TruncatedSoftmax,
         labels: Tensor,
         num_items: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        student, teacher = heads
+        student, teacher_head = heads
         terms = {}
-        with torch.inference_mode():
-            teacher_hidden = teacher.hidden_states(lambda: self.teacher(**teacher_inputs))
 
-        def loss_of(student_hidden: Tensor) -> Tensor:
+        def loss_of(hidden: Tensor) -> Tensor:
             # The weights are whole here, whatever shards them outside of their model's forward.
-            widths = len(student.linear.weight), len(teacher.linear.weight)
-            loss, found = self.objective.from_hidden(
-                student_hidden,
-                student.linear.weight,
-                teacher_hidden,
-                teacher.linear.weight,
-                labels,
-                num_items=num_items,
-                vocab_size=self._shared_vocab_size(*widths, per_token=True),
-                student_bias=student.linear.bias,
-                teacher_bias=teacher.linear.bias,
-                student_logit_scale=student.logit_scale,
-                teacher_logit_scale=teacher.logit_scale,
-                student_softcap=student.softcap,
-                teacher_softcap=teacher.softcap,
-            )
+            weight, vocab_size = student.linear.weight, self.vocab_size
+            if teacher_head is not None:
+                widths = len(weight), len(teacher_head.linear.weight)
+                vocab_size = self._shared_vocab_size(*widths, per_token=True)
+            common = {
+                "num_items": num_items,
+                "vocab_size": vocab_size,
+                **student.keywords("student"),
+            }
+            if isinstance(teacher, TruncatedSoftmax):
+                loss, found = self.objective.from_truncated(
+                    hidden, weight, teacher, labels, **common
+                )
+            else:
+                loss, found = self.objective.from_hidden(
+                    hidden,
+                    weight,
+                    teacher,
+                    teacher_head.linear.weight,
+                    labels,
+                    **common,
+                    **teacher_head.keywords("teacher"),
+                )
             terms.update(found)
             return loss
 
@@ -255,8 +363,8 @@ class DistillationTrainer(Trainer):
 
     def _output_heads(
         self, model: nn.Module, student_inputs: dict[str, object], teacher_inputs: dict[str, object]
-    ) -> tuple[OutputHead, OutputHead] | None:
-        """The student's and the teacher's; None where steps have to build logits."""
+    ) -> tuple[OutputHead, OutputHead | None] | None:
+        """The student's and the teacher's, if there is one; None where steps build logits."""
         student = self._unwrapped(model)
         if self._heads_of is not student:
             self._heads = self._find_heads(model, student_inputs, teacher_inputs)
@@ -265,15 +373,15 @@ class DistillationTrainer(Trainer):
 
     def _find_heads(
         self, model: nn.Module, student_inputs: dict[str, object], teacher_inputs: dict[str, object]
-    ) -> tuple[OutputHead, OutputHead] | None:
+    ) -> tuple[OutputHead, OutputHead | None] | None:
         # Nothing is said of a student that never had one: it need not be a language model.
         if output_embeddings(_without_adapter(self._unwrapped(model))) is None:
             return None
+        models = [("student", model, student_inputs, torch.no_grad())]
+        if self.teacher is not None:
+            models.append(("teacher", self.teacher, teacher_inputs, torch.inference_mode()))
         found = []
-        for owner, wrapped, inputs, mode in (
-            ("student", model, student_inputs, torch.no_grad()),
-            ("teacher", self.teacher, teacher_inputs, torch.inference_mode()),
-        ):
+        for owner, wrapped, inputs, mode in models:
             try:
                 with mode:
                     found.append(self._find_head(wrapped, inputs))
@@ -284,7 +392,7 @@ class DistillationTrainer(Trainer):
                     "With fuse_head=False they do so without this warning."
                 )
                 return None
-        return tuple(found)
+        return found[0], found[1] if self.teacher is not None else None
 
     def _find_head(self, model: nn.Module, inputs: dict[str, object]) -> OutputHead:
         inner = _without_adapter(self._unwrapped(model))
@@ -355,9 +463,14 @@ class DistillationTrainer(Trainer):
             self._term_sums = {}
         super().log(logs, start_time)
 
-    def prediction_step(self, *args: object, **kwargs: object) -> tuple:
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], *args: object, **kwargs: object
+    ) -> tuple:
         self._terms = {}
-        prediction = super().prediction_step(*args, **kwargs)
+        if any(inputs.get(name) is None for name in self.label_names):
+            # Without labels Trainer hands the whole batch to the student.
+            pop_rows(inputs)
+        prediction = super().prediction_step(model, inputs, *args, **kwargs)
         if self._terms:
             # Repeated like Trainer's own losses, so that the gathering drops what fills the last
             # batch up.
@@ -388,6 +501,8 @@ class DistillationTrainer(Trainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             self._signature_columns += sorted(self._teacher_only)
+            if self.teacher_cache is not None:
+                self._signature_columns.append(SAMPLE)
 
 
 def _without_adapter(model: nn.Module) -> nn.Module:
