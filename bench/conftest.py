@@ -25,20 +25,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure")
     group.addoption("--threads", type=int, help="CPU threads (default: torch's own choice)")
     group.addoption(
+        "--quick",
+        action="store_true",
+        help="few rounds, and hardly a warm-up: whether everything works, not how fast",
+    )
+    group.addoption(
         "--shape",
         action="append",
         type=_shape,
-        metavar="SIZES:DTYPE",
+        metavar="SIZES:DTYPE[:kK]",
         help="measure this shape instead of the suites' own, repeatable: 512x50257:bfloat16 (rows, "
         "vocabulary) for kd_loss, 512x384x768x30522:float32 (the models' widths between them) for "
-        "linear_kd_loss; a suite that no shape fits is skipped",
+        "linear_kd_loss, 512x50257:float32:k64 for truncated_softmax and topk_kd_loss, "
+        "512x384x30522:float32:k64 for linear_topk_kd_loss; a suite that no shape fits is skipped",
     )
 
 
 def _shape(text: str) -> tuple:
-    """`512x50257:bfloat16` as (512, 50257, "bfloat16"), the way a suite's SHAPES has it."""
-    sizes, dtype = text.split(":")
-    return *map(int, sizes.split("x")), dtype
+    """`512x50257:bfloat16:k64` as (512, 50257, "bfloat16", 64), the way a suite's SHAPES has it."""
+    sizes, dtype, *k = text.split(":")
+    if len(k) > 1 or not all(entries.startswith("k") for entries in k):
+        raise ValueError(text)
+    return *map(int, sizes.split("x")), dtype, *(int(entries[1:]) for entries in k)
+
+
+def _fits(shape: tuple, like: tuple) -> bool:
+    """Where the dtype stands, and what stands around it, says whose shape it is."""
+    return [type(item) for item in shape] == [type(item) for item in like]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -52,7 +65,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     device = metafunc.config.getoption("--device")
     shapes = metafunc.module.SHAPES[device]
     if chosen := metafunc.config.getoption("--shape"):
-        shapes = [shape for shape in chosen if len(shape) == len(shapes[0])]
+        shapes = [shape for shape in chosen if _fits(shape, shapes[0])]
     entries = list(metafunc.module.groups(device, shapes)) if shapes else []
     # What `pytest -k` can be given: letters, digits and words.
     ids = [f"{group}: {name}".replace("×", "x") for group, name, *_ in entries]
@@ -118,6 +131,9 @@ def measured(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
     A member that disagrees is measured all the same and marked as wrong: the report says so.
     """
 
+    quick = request.config.getoption("--quick")
+    warmup_seconds, most_rounds = (0.0, MIN_ROUNDS) if quick else (WARMUP_SECONDS, MAX_ROUNDS)
+
     def measured(
         group: str, member: str, build: Callable[[], measure.Trial], copy_rate: float
     ) -> None:
@@ -137,7 +153,7 @@ def measured(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
         trial.reset()
         peak_bytes = measure.peak_bytes(trial.step)
         seconds = []
-        while len(seconds) < WARMUP_ROUNDS or sum(seconds) < WARMUP_SECONDS:
+        while len(seconds) < WARMUP_ROUNDS or sum(seconds) < warmup_seconds:
             trial.reset()
             start = time.perf_counter()
             timed()
@@ -147,7 +163,7 @@ def measured(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
         benchmark.pedantic(
             timed,
             setup=trial.reset,
-            rounds=min(MAX_ROUNDS, max(MIN_ROUNDS, rounds)),
+            rounds=min(most_rounds, max(MIN_ROUNDS, rounds)),
         )
         trial.reset()
         benchmark.extra_info |= {

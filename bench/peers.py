@@ -22,7 +22,7 @@ import kdfast
 # Of a case's inputs, labels last.
 Loss = Callable[..., Tensor]
 
-PACKAGES = ("torch", "triton", "liger-kernel", "trl", "textbrewer", "speculators")
+PACKAGES = ("torch", "triton", "liger-kernel", "trl", "textbrewer", "speculators", "distillkit")
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ class Absent(Exception):
 
 def _upcasting(loss: Loss) -> Loss:
     def upcasting(*inputs: Tensor) -> Tensor:
-        *inputs, labels = inputs
-        return loss(*(tensor.float() for tensor in inputs), labels)
+        return loss(*(x.float() if x.is_floating_point() else x for x in inputs))
 
     return upcasting
 

@@ -133,7 +133,14 @@ def _mebibytes(entry: Measurement, *, gradients: bool) -> str:
     return f"{size / MIB:.0f}"
 
 
-def _kd_loss_summary(members: list[Measurement]) -> list[str]:
+def _family_cell(members: list[Measurement], family: str) -> str:
+    """The time of the member that stands for a family, after what tells it from the others."""
+    entry = _fastest(members, family)
+    variant = entry["member"].removeprefix(family).strip() if entry else ""
+    return _cell(entry, variant + " " if variant else "")
+
+
+def _dense_summary(members: list[Measurement]) -> list[str]:
     fused, eager = _of(members, "kdfast"), _of(members, "eager")
     peer = _fastest([entry for entry in members if _is_peer(entry) and not entry["wrong"]])
     return [
@@ -146,7 +153,7 @@ def _kd_loss_summary(members: list[Measurement]) -> list[str]:
     ]
 
 
-def _kd_loss_details(entry: Measurement) -> list[str]:
+def _dense_details(entry: Measurement) -> list[str]:
     return [
         f"{entry['bytes_per_second'] / 1e9:.1f}",
         f"{entry['share_of_copy']:.0%}",
@@ -156,15 +163,9 @@ def _kd_loss_details(entry: Measurement) -> list[str]:
 
 def _linear_kd_loss_summary(members: list[Measurement]) -> list[str]:
     fused, eager = _of(members, "kdfast"), _fastest(members, "eager")
-
-    def cell(family: str) -> str:
-        entry = _fastest(members, family)
-        variant = entry["member"].removeprefix(family).strip() if entry else ""
-        return _cell(entry, variant + " " if variant else "")
-
     return [
         _cell(_of(members, "bare products"), decimals=2),
-        *(cell(family) for family in ("eager", "compile", "liger", "trl")),
+        *(_family_cell(members, family) for family in ("eager", "compile", "liger", "trl")),
         f"{_mebibytes(fused, gradients=False)} / {_mebibytes(eager, gradients=False)} MiB",
     ]
 
@@ -174,6 +175,35 @@ def _linear_kd_loss_details(entry: Measurement) -> list[str]:
         f"{entry['of_ceiling']:.2f}×" if "of_ceiling" in entry else "–",
         f"{entry['operations'] / entry['seconds'] / 1e9:.0f}",
         _mebibytes(entry, gradients=False),
+    ]
+
+
+def _truncated_softmax_summary(members: list[Measurement]) -> list[str]:
+    fused, eager = _of(members, "kdfast"), _fastest(members, "eager")
+    return [
+        *(_family_cell(members, family) for family in ("eager", "compile")),
+        _cell(_of(members, "torch.topk alone")),
+        f"{fused['bytes_per_second'] / 1e9:.1f} GB/s",
+        f"{fused['share_of_copy']:.0%}",
+        f"{_mebibytes(fused, gradients=True)} / {_mebibytes(eager, gradients=True)} MiB",
+    ]
+
+
+def _linear_topk_kd_loss_summary(members: list[Measurement]) -> list[str]:
+    fused, eager = _of(members, "kdfast"), _fastest(members, "eager")
+    return [
+        _cell(_of(members, "kdfast sparse gradient"), decimals=2),
+        _cell(_of(members, "bare products"), decimals=2),
+        *(_family_cell(members, family) for family in ("eager", "compile")),
+        _cell(_fastest(members, "full head + topk_kd_loss")),
+        f"{_mebibytes(fused, gradients=True)} / {_mebibytes(eager, gradients=True)} MiB",
+    ]
+
+
+def _linear_topk_kd_loss_details(entry: Measurement) -> list[str]:
+    return [
+        f"{entry['operations'] / entry['seconds'] / 1e9:.0f}",
+        _mebibytes(entry, gradients=True),
     ]
 
 
@@ -188,21 +218,40 @@ class Layout:
     memory: str
 
 
+# Of a training step on logits that are there.
+DENSE = Layout(
+    "eager | torch.compile | fastest peer | kdfast moves | of a copy"
+    " | extra memory, kdfast / eager",
+    _dense_summary,
+    "GB/s | of a copy | extra MiB",
+    _dense_details,
+    memory="the peak above the inputs",
+)
 LAYOUTS = {
-    "kd_loss": Layout(
-        "eager | torch.compile | fastest peer | kdfast moves | of a copy"
-        " | extra memory, kdfast / eager",
-        _kd_loss_summary,
-        "GB/s | of a copy | extra MiB",
-        _kd_loss_details,
-        memory="the peak above the inputs",
-    ),
+    "kd_loss": DENSE,
     "linear_kd_loss": Layout(
         "bare products | eager | torch.compile | Liger | TRL | extra memory, kdfast / eager",
         _linear_kd_loss_summary,
         "× products | GFLOP/s | extra MiB",
         _linear_kd_loss_details,
         memory="the peak above the inputs and the gradients",
+    ),
+    "truncated_softmax": Layout(
+        "eager | torch.compile | torch.topk alone | kdfast moves | of a copy"
+        " | extra memory, kdfast / eager",
+        _truncated_softmax_summary,
+        "GB/s | of a copy | extra MiB",
+        _dense_details,
+        memory="the peak above the logits",
+    ),
+    "topk_kd_loss": DENSE,
+    "linear_topk_kd_loss": Layout(
+        "sparse gradient | bare products | eager | torch.compile | full head + topk_kd_loss"
+        " | extra memory, kdfast / eager",
+        _linear_topk_kd_loss_summary,
+        "GFLOP/s | extra MiB",
+        _linear_topk_kd_loss_details,
+        memory="the peak above the inputs, gradients included",
     ),
 }
 
@@ -211,7 +260,7 @@ def summary(operation: str, groups: Groups) -> str:
     """One line for each group that was measured by hand-written code too: the README's table."""
     rows = []
     for group, members in groups.items():
-        fused, eager = _of(members, "kdfast"), _of(members, "eager")
+        fused, eager = _of(members, "kdfast"), _fastest(members, "eager")
         if fused is None or eager is None:
             continue
         time = _milliseconds(fused["seconds"]) if not fused["wrong"] else "wrong"
@@ -226,7 +275,7 @@ def details(operation: str, group: str, members: list[Measurement]) -> str:
 
     def result(entry: Measurement) -> str:
         if _is_ceiling(entry):
-            return "a ceiling, no loss"
+            return "a part of the work"
         return "agrees" if not entry["wrong"] else f"**wrong {' and '.join(entry['wrong'])}**"
 
     rows = [
@@ -283,8 +332,8 @@ THEMES = {
 }
 
 
-def plot(groups: Groups, theme: str, path: Path) -> None:
-    """Horizontal bars of time, one panel per group, on a transparent ground."""
+def styled_pyplot() -> Any:
+    """Matplotlib as every plot of the documentation has it."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -300,6 +349,18 @@ def plot(groups: Groups, theme: str, path: Path) -> None:
             "svg.hashsalt": "kdfast",
         }
     )
+    return pyplot
+
+
+def save(figure: Any, path: Path) -> None:
+    """On a transparent ground, and the same file every time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, transparent=True, metadata={"Date": None})
+
+
+def plot(groups: Groups, theme: str, path: Path) -> None:
+    """Horizontal bars of time of one operation, one panel per group."""
+    pyplot = styled_pyplot()
     color = THEMES[theme]
     columns = min(2, len(groups))
     panels = [list(groups.items())[i : i + columns] for i in range(0, len(groups), columns)]
@@ -307,7 +368,7 @@ def plot(groups: Groups, theme: str, path: Path) -> None:
     figure, axes = pyplot.subplots(
         len(panels),
         columns,
-        figsize=(5.5 * columns, sum(0.27 * count + 0.55 for count in bars)),
+        figsize=(5.5 * columns, 0.3 + sum(0.27 * count + 0.55 for count in bars)),
         height_ratios=bars,
         layout="constrained",
         squeeze=False,
@@ -315,19 +376,21 @@ def plot(groups: Groups, theme: str, path: Path) -> None:
     for axis in axes.flat:
         axis.axis("off")
     figure.get_layout_engine().set(h_pad=0.12, w_pad=0.12)
+    operation = operation_of(next(iter(groups)))
+    figure.suptitle(operation, x=0.01, ha="left", color=color["text"], fontweight="bold")
     for row, panel, count in zip(axes, panels, bars, strict=True):
         for axis, (group, members) in zip(row, panel, strict=False):
-            _panel(axis, group, sorted(members, key=lambda entry: entry["seconds"]), color)
+            title = group.removeprefix(operation).strip()
+            _panel(axis, title, sorted(members, key=lambda entry: entry["seconds"]), color)
             # Bars are equally thick all along a row of panels; the fastest is on top.
             axis.set_ylim(count - 0.5, -0.5)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+    save(figure, path)
     pyplot.close(figure)
 
 
-def _panel(axis: Any, group: str, members: list[Measurement], color: dict[str, str]) -> None:
+def _panel(axis: Any, title: str, members: list[Measurement], color: dict[str, str]) -> None:
     axis.axis("on")
-    axis.set_title(group, loc="left", color=color["text"], fontweight="bold")
+    axis.set_title(title, loc="left", color=color["text"], fontweight="bold")
     longest = max(entry["seconds"] for entry in members)
     for place, entry in enumerate(members):
         ours = entry["member"].startswith("kdfast")
@@ -347,7 +410,7 @@ def _panel(axis: Any, group: str, members: list[Measurement], color: dict[str, s
         if entry["wrong"]:
             label += " · wrong"
         if _is_ceiling(entry):
-            label += " · no loss"
+            label += " · a part"
         axis.text(
             entry["seconds"] + 0.015 * longest,
             place,

@@ -14,11 +14,17 @@ pytest.importorskip("matplotlib")
 
 import bench_kd_loss
 import bench_linear_kd_loss
+import bench_linear_topk_kd_loss
+import bench_topk_kd_loss
+import bench_truncated_softmax
 import kd_loss_peers
 import linear_kd_loss_peers
+import linear_topk_kd_loss_peers
 import measure
 import peers
 import report
+import topk_kd_loss_peers
+import truncated_softmax_peers
 
 BENCH = Path(measure.__file__).parent
 MIB = 2**20
@@ -28,9 +34,9 @@ PEAK_TOLERANCE = 4 * MIB
 
 # A member that forgets the temperature's square, as somebody's private loss might.
 WRONG_MEMBER = """
-import kd_loss_peers, linear_kd_loss_peers, peers
+import kd_loss_peers, linear_kd_loss_peers, peers, topk_kd_loss_peers
 
-for peers_of_operation in (kd_loss_peers, linear_kd_loss_peers):
+for peers_of_operation in (kd_loss_peers, linear_kd_loss_peers, topk_kd_loss_peers):
     def build(case, eager_loss=peers_of_operation.eager_loss):
         loss = eager_loss(case)
         return lambda *tensors: loss(*tensors) / case.temperature**2
@@ -101,16 +107,19 @@ def test_copy_bandwidth_counts_both_directions():
     assert 1e7 < measure.copy_bandwidth("cpu", MIB) < 1e14
 
 
+def _trial(bench, peers_of_operation, case: peers.Case, name: str) -> measure.Trial:
+    """A member's trial, of its upcast variant where it has one; skipped where it is absent."""
+    members = {member.name: member for member in peers_of_operation.members_of(case)}
+    try:
+        return bench.trial_of(case, members.get(f"{name} float32", members[name]))
+    except peers.Absent as reason:
+        pytest.skip(str(reason))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("peer", ["kdfast", "eager", "eager log-target", "trl", "textbrewer"])
 def test_every_member_has_the_same_definition(peer, dtype):
-    case = peers.Case(5, 211, dtype)
-    members = {member.name: member for member in kd_loss_peers.members_of(case)}
-    member = members.get(f"{peer} float32", members[peer])
-    try:
-        trial = bench_kd_loss.trial_of(case, member)
-    except peers.Absent as reason:
-        pytest.skip(str(reason))
+    trial = _trial(bench_kd_loss, kd_loss_peers, peers.Case(5, 211, dtype), peer)
     trial.step()
     assert trial.wrong(trial.errors()) == []
 
@@ -128,12 +137,7 @@ def _linear_case(dtype: str, alpha: float = 1.0) -> linear_kd_loss_peers.LinearC
 @pytest.mark.parametrize("peer", ["kdfast", "eager", "trl"])
 def test_every_member_from_hidden_states_has_the_same_definition(peer, dtype, alpha):
     case = _linear_case(dtype, alpha)
-    members = {member.name: member for member in linear_kd_loss_peers.members_of(case)}
-    member = members.get(f"{peer} float32", members[peer])
-    try:
-        trial = bench_linear_kd_loss.trial_of(case, member)
-    except peers.Absent as reason:
-        pytest.skip(str(reason))
+    trial = _trial(bench_linear_kd_loss, linear_kd_loss_peers, case, peer)
     trial.step()
     assert trial.wrong(trial.errors()) == []
     trial.reset()
@@ -184,6 +188,126 @@ def test_the_bare_products_are_a_bound_and_nobodys_result():
     assert trial.operations == operations
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["kdfast", "eager", "eager logsumexp"])
+def test_every_member_selects_the_same(name, dtype):
+    case = truncated_softmax_peers.TruncatedCase(5, 211, dtype, k=7)
+    trial = _trial(bench_truncated_softmax, truncated_softmax_peers, case, name)
+    trial.step()
+    assert trial.wrong(trial.errors()) == []
+    assert trial.bytes_moved == 5 * (211 * case.torch_dtype.itemsize + 7 * (4 + 8))
+
+
+def test_half_precision_selects_the_wrong_entries_and_log_probabilities():
+    case = truncated_softmax_peers.TruncatedCase(64, 5003, "bfloat16", k=32)
+    members = {member.name: member for member in truncated_softmax_peers.members_of(case)}
+    trial = bench_truncated_softmax.trial_of(case, members["eager"])
+    trial.step()
+    assert trial.wrong(trial.errors()) == ["log-probability", "selection"]
+
+
+def _right_but(change):
+    """A member that selects as torch does, and then spoils it."""
+
+    def write(case):
+        def select(logits):
+            every = logits.float().log_softmax(-1)
+            return change(*every.topk(case.k), every)
+
+        return select
+
+    return peers.Member("spoilt", write)
+
+
+def _next_best(log_probs, indices, every):
+    last = every.topk(indices.shape[-1] + 1).indices[:, -1:]
+    indices = torch.cat([indices[:, :-1], last], -1)
+    return every.gather(-1, indices), indices
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        (lambda log_probs, indices, every: (log_probs + 1e-5, indices), ["log-probability"]),
+        (lambda log_probs, indices, every: (log_probs * torch.nan, indices), ["log-probability"]),
+        (_next_best, ["selection"]),
+        (lambda log_probs, indices, every: (log_probs.flip(-1), indices.flip(-1)), ["selection"]),
+    ],
+    ids=["shifted", "nan", "next best", "smallest first"],
+)
+def test_a_spoilt_selection_is_wrong(change, wrong):
+    case = truncated_softmax_peers.TruncatedCase(5, 211, "float32", k=2)
+    trial = bench_truncated_softmax.trial_of(case, _right_but(change))
+    trial.step()
+    assert trial.wrong(trial.errors()) == wrong
+
+
+def test_one_of_two_equal_logits_may_not_stand_for_both():
+    case = truncated_softmax_peers.TruncatedCase(5, 211, "bfloat16", k=64)
+
+    def repeat(log_probs, indices, every):
+        same = log_probs[:, 1:] == log_probs[:, :-1]
+        assert same.any()
+        first, others = indices.split([1, case.k - 1], -1)
+        return log_probs, torch.cat([first, torch.where(same, indices[:, :-1], others)], -1)
+
+    trial = bench_truncated_softmax.trial_of(case, _right_but(repeat))
+    trial.step()
+    assert trial.wrong(trial.errors()) == ["selection"]
+
+
+# Not in the suite's main groups, "renormalize" is a tail that its members serve all the same.
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+@pytest.mark.parametrize("tail", ["bucket", "none", "support", "renormalize"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_member_has_the_same_definition_of_a_tail(dtype, tail, alpha):
+    case = topk_kd_loss_peers.TopKCase(5, 211, dtype, tail=tail, alpha=alpha, k=7)
+    found = {}
+    for member in topk_kd_loss_peers.members_of(case):
+        if member.compiled:
+            continue
+        try:
+            trial = bench_topk_kd_loss.trial_of(case, member)
+            trial.reset()
+            trial.step()
+        except peers.Absent:
+            continue
+        found[member.name] = trial.wrong(trial.errors())
+        trial.reset()
+    # TRL's normalises in the logits' dtype.
+    half = found.pop("trl", [])
+    assert (half != []) == (dtype == "bfloat16" and "trl float32" in found)
+    assert {"kdfast", "kdfast overwrite", "eager"} <= {*found}
+    assert not any(found.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("tail", "name"),
+    [
+        ("support", "kdfast"),
+        ("support", "kdfast sparse gradient"),
+        ("support", "eager"),
+        ("support", "eager sparse gradient"),
+        ("support", "eager full head"),
+        ("bucket", "kdfast"),
+        ("bucket", "full head + topk_kd_loss"),
+        ("bucket", "eager full head"),
+    ],
+)
+def test_every_member_on_a_head_has_the_same_definition_of_a_tail(tail, name, dtype):
+    case = linear_topk_kd_loss_peers.LinearTopKCase(48, 1009, dtype, tail=tail, k=16, width=24)
+    trial = _trial(bench_linear_topk_kd_loss, linear_topk_kd_loss_peers, case, name)
+    trial.step()
+    assert trial.wrong(trial.errors()) == []
+    columns = 16 if tail == "support" else 1009
+    assert trial.operations == 3 * 2 * 48 * columns * 24
+    trial.reset()
+    problem = bench_linear_topk_kd_loss.problem_of(case)
+    assert problem.hidden.grad is None
+    assert problem.weight.grad is None
+
+
 def test_a_loss_without_a_number_is_wrong():
     case = peers.Case(3, 7, "float32")
     trial = bench_kd_loss.trial_of(
@@ -207,8 +331,8 @@ def _run(*command: object, **environment: str) -> subprocess.CompletedProcess:
     return result
 
 
-def _measure_and_report(tmp_path: Path, shape: str, members: str) -> tuple[str, dict]:
-    """What a run of the whole suite on one shape shows, and what is kept after it."""
+def _measure_and_report(tmp_path: Path, members: str, *shapes: str) -> tuple[str, dict]:
+    """What a run of the whole suite on a few shapes shows, and what is kept after it."""
     (tmp_path / "wrong_member.py").write_text(WRONG_MEMBER)
     run, readme, results = tmp_path / "run.json", tmp_path / "README.md", tmp_path / "results"
     if not readme.exists():
@@ -219,7 +343,8 @@ def _measure_and_report(tmp_path: Path, shape: str, members: str) -> tuple[str, 
         readme.write_text("before\n" + "".join(sections) + "after\n")
     pytest_arguments = (
         *("-m", "pytest", BENCH, "-p", "wrong_member", f"--benchmark-json={run}"),
-        *(f"--shape={shape}", "-k", members),
+        *(f"--shape={shape}" for shape in shapes),
+        *("--quick", "-k", members),
     )
     _run(*pytest_arguments, PYTHONPATH=os.pathsep.join((str(tmp_path), str(BENCH))))
     shown = _run(
@@ -233,7 +358,7 @@ def _measure_and_report(tmp_path: Path, shape: str, members: str) -> tuple[str, 
 
 def test_suite_from_run_to_report(tmp_path):
     shown, kept = _measure_and_report(
-        tmp_path, "8x97:float32", "kdfast or eager or forgetful or speculators or tvd"
+        tmp_path, "kdfast or eager or forgetful or speculators or tvd", "8x97:float32"
     )
     assert list(kept) == ["kd_loss"]
     measurements = kept["kd_loss"]["measurements"]
@@ -256,7 +381,8 @@ def test_suite_from_run_to_report(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("before\n<!-- kd_loss:begin -->\n| case | kdfast |")
     assert "|\n<!-- kd_loss:end -->\n" in text
-    assert text.endswith("\nold linear_kd_loss\n<!-- linear_kd_loss:end -->\nafter\n")
+    assert "\nold linear_kd_loss\n<!-- linear_kd_loss:end -->\n" in text
+    assert text.endswith("-->\nafter\n")
     plots = sorted(path.name for path in tmp_path.glob("kd_loss-*.svg"))
     assert [name.rpartition("-")[2] for name in plots] == ["dark.svg", "light.svg"]
 
@@ -268,7 +394,7 @@ def test_suite_from_hidden_states_leaves_what_is_kept_of_other_operations(tmp_pa
     kept_path = tmp_path / "results" / f"{slug}.json"
     kept_path.write_text(json.dumps({"kd_loss": earlier, "linear_kd_loss": earlier}))
     shown, kept = _measure_and_report(
-        tmp_path, "8x12x20x97:bfloat16", "kdfast or bare or eager or forgetful or fused"
+        tmp_path, "kdfast or bare or eager or forgetful or fused", "8x12x20x97:bfloat16"
     )
     assert kept["kd_loss"] == earlier
     measured = kept["linear_kd_loss"]
@@ -286,7 +412,7 @@ def test_suite_from_hidden_states_leaves_what_is_kept_of_other_operations(tmp_pa
     assert members["kdfast"]["gradient_bytes"] == 2 * 12 * (8 + 97)
 
     assert "Absent: liger fused: its Triton kernels need a CUDA device." in shown
-    assert "| a ceiling, no loss |" in shown
+    assert "| a part of the work |" in shown
     header, _, row, _ = report.summary("linear_kd_loss", groups).splitlines()
     assert header.startswith("| case | kdfast | bare products | eager | torch.compile | Liger |")
     assert row.count("|") == header.count("|")
@@ -296,6 +422,50 @@ def test_suite_from_hidden_states_leaves_what_is_kept_of_other_operations(tmp_pa
     text = (tmp_path / "README.md").read_text()
     assert "\nold kd_loss\n" in text
     assert f"<!-- linear_kd_loss:begin -->\n{header}\n" in text
+
+
+def test_suite_on_truncated_teachers(tmp_path):
+    shown, kept = _measure_and_report(
+        tmp_path,
+        "(kdfast or eager or alone or bare or forgetful or distillkit)"
+        " and not (none or labels or logsumexp or full or overwrite)",
+        *("8x97:float32:k5", "8x12x97:float32:k5"),
+    )
+    assert {*kept} == {"truncated_softmax", "topk_kd_loss", "linear_topk_kd_loss"}
+    groups = {}
+    for run in kept.values():
+        groups |= report.grouped(run["measurements"])
+    verdicts = {
+        group: {entry["member"]: entry["wrong"] for entry in members}
+        for group, members in groups.items()
+    }
+    right = {"kdfast": [], "eager": []}
+    wrong = {"forgetful": ["loss", "gradient"]}
+    assert verdicts == {
+        "truncated_softmax 8×97 float32 k=5": right | {"torch.topk alone": []},
+        "topk_kd_loss 8×97 float32 k=5 bucket": right | wrong,
+        "topk_kd_loss 8×97 float32 k=5 support": right | wrong,
+        "linear_topk_kd_loss 8×12×97 float32 k=5 support": right
+        | {"kdfast sparse gradient": [], "eager sparse gradient": []},
+        "linear_topk_kd_loss 8×12×97 float32 k=5 bucket": {"kdfast": [], "bare products": []},
+    }
+    entries = 8 * 5 * (4 + 8)
+    bytes_moved = {group: members[0]["bytes_moved"] for group, members in groups.items()}
+    assert bytes_moved["topk_kd_loss 8×97 float32 k=5 bucket"] == 2 * 8 * 97 * 4 + entries
+    assert bytes_moved["topk_kd_loss 8×97 float32 k=5 support"] == 8 * 97 * 4 + entries
+    assert "Absent: distillkit: " in shown
+    assert shown.count("| a part of the work |") == 2
+
+    for operation in kept:
+        of_operation = report.grouped(kept[operation]["measurements"])
+        header, _, *rows = report.summary(operation, of_operation).splitlines()
+        assert rows
+        assert all(row.count("|") == header.count("|") for row in rows)
+        text = (tmp_path / "README.md").read_text()
+        assert f"<!-- {operation}:begin -->\n{header}\n" in text
+        assert len([*tmp_path.glob(f"{operation}-*.svg")]) == 2
+    (plot,) = tmp_path.glob("linear_topk_kd_loss-*-dark.svg")
+    assert ">8×12×97 float32 k=5 support<" in plot.read_text()
 
 
 def test_a_right_result_stands_for_its_family_before_a_faster_wrong_one():
