@@ -337,7 +337,7 @@ def test_memory_for_long_contexts_and_large_vocabularies():
     from kdfast.ops.head import CHUNK_BYTES, rows_within
 
     # 16k tokens of two models' float32 logits would be 19.9 GB.
-    rows = rows_within(CHUNK_BYTES["cuda"], 152064, torch.bfloat16)
+    rows = rows_within(CHUNK_BYTES["cuda"], 152064, torch.bfloat16, tensors=2)
     assert rows == 704
     assert rows * 152064 * (4 + 4 + 2) <= CHUNK_BYTES["cuda"]
 
