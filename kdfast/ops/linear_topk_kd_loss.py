@@ -431,9 +431,9 @@ def linear_topk_kd_loss(
         chunk_size: rows of a chunk, where there are chunks. None takes as many as fit into the
             environment variable KDFAST_CHUNK_BYTES, as in `linear_kd_loss`.
         sparse_weight_grad: give the weight a sparse COO gradient of the rows that some token's
-            support holds, each once, instead of a dense one that is 0 elsewhere. For optimisers that take it (`torch.optim.SparseAdam`, `SGD`);
-            needs tail="support" and no hard term; waits for a GPU, to know how many rows there are;
-            not under torch.compile.
+            support holds, each once, instead of a dense one that is 0 elsewhere. For optimisers
+            that take it (`torch.optim.SparseAdam`, `SGD`); needs tail="support" and no hard term;
+            waits for a GPU, to know how many rows there are; not under torch.compile.
         reduction: with "none" and a weight or bias that requires grad, the gradients wait for the
             backward pass, which computes the logits once more.
 
