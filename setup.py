@@ -69,7 +69,14 @@ class BuildWithCMake(build_ext):
 
 setup(
     # An explicit list: the repository's kernels/ is installed as kdfast.kernels.
-    packages=["kdfast", "kdfast.ops", "kdfast.teacher_cache", "kdfast.trainer", "kdfast.kernels"],
+    packages=[
+        "kdfast",
+        "kdfast.cli",
+        "kdfast.ops",
+        "kdfast.teacher_cache",
+        "kdfast.trainer",
+        "kdfast.kernels",
+    ],
     package_dir={"kdfast.kernels": "kernels"},
     ext_modules=[] if _setting() == "0" else [Extension("kdfast._C", sources=[])],
     cmdclass={"build_ext": BuildWithCMake},

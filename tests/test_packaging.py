@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EXTENSION = "kdfast/_C."
 PYTHON_FILES = {
+    "kdfast/cli/__init__.py",
     "kdfast/ops/kd_loss.py",
     "kdfast/kernels/kd_loss.py",
     "kdfast/teacher_cache/__init__.py",
