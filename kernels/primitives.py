@@ -73,6 +73,16 @@ def block_columns(
 
 
 @triton.jit
+def walked_columns(positions, head, interior, SKEWED: tl.constexpr):
+    """The columns at positions of the walk, which takes the interior first and then the edge."""
+    if not SKEWED:
+        return positions
+    past_interior = positions - interior
+    edge = tl.where(past_interior < head, past_interior, positions)
+    return tl.where(past_interior < 0, head + positions, edge)
+
+
+@triton.jit
 def block_pointers(row_ptr, columns, VECTOR: tl.constexpr, ALIGNED: tl.constexpr):
     pointers = row_ptr + columns
     if ALIGNED:
