@@ -63,8 +63,10 @@ def divergence_terms(
     mixture = teacher_share * p + student_share * q
     mixture = torch.where(mixture == 0, 1.0, mixture)
     log_mixture = mixture.log()
-    # log(student_share · q / mixture)
-    log_part = -torch.where(q > 0, teacher_share * p / (student_share * q), 0.0).log1p()
+    # log(student_share · q / mixture). Below the smallest normal number q is nothing: p / q would
+    # overflow.
+    counts = q >= torch.finfo(q.dtype).tiny
+    log_part = -torch.where(counts, teacher_share * p / (student_share * q), 0.0).log1p()
     from_p = _weighted(p, log_p - log_mixture)
     from_q = _weighted(q, log_q - log_mixture)
     if divergence == "jsd":
@@ -143,7 +145,9 @@ def _loss_rows(
         with torch.no_grad():
             scale = weight if grad_scale is None else weight * grad_scale
             soft_scale = alpha * scale * t2 / temperature
-            by_logit = soft_scale.unsqueeze(-1) * by_scaled_logit
+            by_logit = torch.zeros_like(student)
+            if alpha > 0:
+                by_logit = soft_scale.unsqueeze(-1) * by_scaled_logit
             if need_hard and alpha < 1:
                 by_label = hard_log_q.exp().scatter_add(
                     -1, target, torch.full_like(target, -1, dtype=real)
@@ -344,9 +348,13 @@ def topk_kd_loss_rows(
             log_p = log_p - log_mass
         if tail == "bucket":
             # log(1 − Σp). What rounding makes 1 or more leaves nothing, and so does a support that
-            # leaves no column.
-            nothing = (log_mass >= 0) | (listed.sum(-1, keepdim=True) == vocab)
-            log_rest = torch.where(nothing, -1.0, log_mass).expm1().neg().log()
+            # leaves no column, or none that the student has: what is left of the teacher there may
+            # be rounding too.
+            rest = -log_mass.expm1()
+            rounded = rest <= indices.shape[-1] * smallest_bucket
+            rounded &= entries[..., -1:] == -torch.inf
+            nothing = (log_mass >= 0) | (listed.sum(-1, keepdim=True) == vocab) | rounded
+            log_rest = torch.where(nothing, 1.0, rest).log()
             nothing_of = math.log(smallest_bucket) if divergence == "reverse_kl" else -torch.inf
             log_p = torch.cat([log_p, torch.where(nothing, nothing_of, log_rest)], -1)
         elif tail != "support":

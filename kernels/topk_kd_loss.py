@@ -296,8 +296,10 @@ def topk_kd_loss_kernel(
     g_sum = tl.sum(g, axis=0)
     outside_g = 0.0
     if TAIL == "bucket":
-        # What rounding makes 1 or more leaves nothing, and so does a support that leaves no column.
+        # What rounding makes 1 or more leaves nothing, and so does a support that leaves no column,
+        # or none that the student has: what is left of the teacher there may be rounding too.
         nothing = (p_sum >= 1) | (tl.sum(exists.to(tl.int32), axis=0) == vocab)
+        nothing |= (outside_sum == 0) & (1 - p_sum <= k * smallest_bucket)
         rest = tl.where(nothing, 0.0, 1 - p_sum)
         log_rest = tl.log(rest)
         if DIVERGENCE == "reverse_kl":

@@ -630,6 +630,23 @@ def test_a_changed_byte_anywhere_is_found(built, copy):
     assert files_in(copy) == files_in(built)
 
 
+def test_a_changed_footer_is_an_error_of_the_cache(copy, samples):
+    path = copy / "shard-00001.parquet"
+    footer = int.from_bytes(path.read_bytes()[-8:-4], "little") + 8
+    size, messages = path.stat().st_size, []
+    for offset in range(size - footer, size, 5):
+        edit(path, offset)
+        # Whatever Arrow makes of it, nothing else comes out.
+        try:
+            open_all(copy)
+            TeacherCache(copy).attach(samples)
+        except TeacherCacheError as error:
+            messages.append(str(error))
+        edit(path, offset)
+    assert len(messages) > 20
+    assert all(path.name in message for message in messages)
+
+
 @pytest.mark.parametrize("where", ["data", "footer"])
 def test_a_changed_byte_is_an_error_when_it_is_read(copy, where):
     path = copy / "shard-00001.parquet"

@@ -558,6 +558,17 @@ def test_overwrite_puts_the_gradient_into_the_logits(dtype, tail, backend):
     assert torch.equal(leaf.grad, expected)
 
 
+def test_overwritten_rows_that_do_not_merge_take_the_incoming_gradient(backend):
+    wide, teacher, incoming = logits(3, 5, 50), truncated(3, 4, 50, k=5), torch.rand(3, 4)
+    found = []
+    for overwrite in (False, True):
+        leaf = wide.clone().requires_grad_()
+        options = {"reduction": "none", "overwrite_student_logits": overwrite}
+        kdfast.topk_kd_loss((leaf * 1)[:, :-1], teacher, **options).backward(incoming)
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.skipif("cpp" not in BACKENDS, reason="plain PyTorch builds the temporaries")
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -634,6 +645,71 @@ def test_student_minus_infinity(on_support, backend):
         assert each[[0, 2]].isfinite().all()
         _, gradient = loss_and_gradient(student, teacher, tail=tail)
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_logits_far_below_zero(tail, backend):
+    """Nothing may be measured from 0, where the exponentials of the whole row underflow."""
+    student, teacher, labels = logits(3, 40), truncated(3, 40, k=4), torch.randint(40, (3,))
+    options = {"tail": tail, "temperature": 2.0, "alpha": 0.5}
+    expected = loss_and_gradient(student, teacher, labels, **options)
+    far = loss_and_gradient(student - 1000, teacher, labels, **options)
+    torch.testing.assert_close(far, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("tail", ["renormalize", "none", "support"])
+def test_no_column_off_the_support(tail, backend):
+    student = torch.full((1, 8), -math.inf)
+    student[0, :2] = torch.tensor([-100.0, -101.0])
+    teacher = TruncatedSoftmax(torch.tensor([[0.6, 0.4]]).log(), torch.tensor([[0, 1]]))
+    options = {"tail": tail, "temperature": 2.0, "alpha": 0.5}
+    loss, gradient = loss_and_gradient(student, teacher, torch.tensor([0]), **options)
+    assert loss.isfinite()
+    assert (gradient[0, 2:] == 0).all()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", TAIL_DIVERGENCES["bucket"])
+def test_banned_columns_leave_no_bucket(divergence, backend):
+    """What rounding leaves of 1 − Σp is not asked of a student who has nothing there."""
+    scores = torch.full((500, 100), -math.inf)
+    scores[:, :20] = logits(500, 20)
+    teacher = kdfast.truncated_softmax(scores, 20)
+    options = {"divergence": divergence, "reduction": "none"}
+    each = kdfast.topk_kd_loss(scores, teacher, **options)
+    assert each.abs().max() < 1e-5
+    _, gradient = loss_and_gradient(scores, teacher, divergence=divergence)
+    assert gradient.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("gap", [36.0, 700.0, 720.0, 760.0])
+@pytest.mark.parametrize("tail", ["bucket", "support"])
+def test_jsd_where_the_student_has_next_to_nothing(tail, gap, backend):
+    student = torch.tensor([[0.0, -gap, -3.0, -3.0, -3.0]])
+    teacher = TruncatedSoftmax(torch.tensor([[0.5, 0.4]]).log(), torch.tensor([[0, 1]]))
+    options = {"tail": tail, "divergence": "jsd", "temperature": 0.05 if gap == 36 else 1.0}
+    loss, gradient = loss_and_gradient(student, teacher, **options)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+
+
+def test_alpha_of_zero_takes_the_soft_gradient_out(backend):
+    student, labels = logits(1, 9), torch.tensor([3])
+    nothing = TruncatedSoftmax(torch.zeros(1, 2), torch.full((1, 2), -1))
+    options = {"tail": "renormalize", "alpha": 0.0}
+    _, gradient = loss_and_gradient(student, nothing, labels, **options)
+    expected = student.softmax(-1) - F.one_hot(labels, 9)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_a_nan_of_any_bits_is_seen():
+    student, teacher = logits(3, 5000), truncated(3, 5000, k=20)
+    for bits in (0x7FC00001, 0x7FC00155, 0x7F800001, -1):
+        student.view(torch.int32)[1, 2600] = bits
+        assert student[1, 2600].isnan()
+        each = kdfast.topk_kd_loss(student, teacher, reduction="none")
+        assert each.isnan().tolist() == [False, True, False]
+        assert kdfast.truncated_softmax(student, 4).log_probs[1].isnan().all()
 
 
 @every_form

@@ -83,8 +83,9 @@ KDFAST_INLINE void from_real(float value, float16& out) {
 
 // 2^x for x <= 0: to 1 ulp, and an exact 0 where the result would be subnormal. NaN passes.
 KDFAST_INLINE float exp2_nonpositive(float x) {
-  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits.
-  constexpr float kRound = 12582912.f;
+  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits. With 127 more
+  // they are the exponent of 2^n.
+  constexpr float kRound = 12582912.f + 127.f;
   constexpr float kUnderflow = -126.f;
 
   const float rounded = x + kRound;
@@ -97,7 +98,7 @@ KDFAST_INLINE float exp2_nonpositive(float x) {
   poly = poly * r + 2.4022647738456726e-1f;
   poly = poly * r + 6.931471824645996e-1f;
   poly = poly * r + 1.f;
-  const float scaled = float_from_bits(bits_of(poly) + (bits_of(rounded) << 23));
+  const float scaled = poly * float_from_bits(bits_of(rounded) << 23);
   return x < kUnderflow ? 0.f : scaled;
 }
 

@@ -37,7 +37,9 @@ Terms terms(Divergence divergence, const Pair& at, double beta) {
   const double log_mixture = std::log(mixture == 0 ? 1 : mixture);
   const double from_p = at.p > 0 ? at.p * (at.log_p - log_mixture) : at.p;
   const double from_q = at.q > 0 ? at.q * (at.log_q - log_mixture) : at.q;
-  const double log_part = at.q > 0 ? -std::log1p(beta * at.p / ((1 - beta) * at.q)) : 0;
+  // Below the smallest normal number q is nothing: p / q would overflow.
+  const bool counts = at.q >= std::numeric_limits<double>::min();
+  const double log_part = counts ? -std::log1p(beta * at.p / ((1 - beta) * at.q)) : 0;
   return {beta * from_p + (1 - beta) * from_q, (1 - beta) * at.q * log_part};
 }
 
@@ -190,7 +192,8 @@ Outside<Real> sweep(const TopkKdLossRows<Real>& call, const char* student, Real 
     softmax.raise_max(max_of(x, n));
     softmax.sum += extent(softmax.scale).sum;
     if (separate_hard) {
-      outside.hard_sum *= std::exp(double(before) - softmax.shift());
+      // Nothing but -inf came before: there is nothing to rescale, and the factor may overflow.
+      if (outside.hard_sum != 0) outside.hard_sum *= std::exp(double(before) - softmax.shift());
       outside.hard_sum += extent(Real(kLog2E)).sum;
     }
   }
@@ -260,9 +263,13 @@ SoftTerm soft_term(const TopkKdLossRows<Real>& call, const Split& student, Suppo
   double outside_gradient = 0;
   const double outside_q = std::exp(student.log_outside);
   if (call.tail == Tail::kBucket) {
-    // What rounding makes 1 or more leaves nothing, and so does a support that leaves no column.
-    const bool nothing = log_mass >= 0 || support.size == call.vocab_size;
-    const double p = nothing ? 0 : -std::expm1(log_mass);
+    // What rounding makes 1 or more leaves nothing, and so does a support that leaves no column, or
+    // none that the student has: what is left of the teacher there may be rounding too.
+    const double rest = -std::expm1(log_mass);
+    const bool rounded =
+        student.log_outside == -kInfinity && rest <= call.entries * call.smallest_bucket;
+    const bool nothing = log_mass >= 0 || support.size == call.vocab_size || rounded;
+    const double p = nothing ? 0 : rest;
     double log_p = std::log(p);
     if (nothing && call.divergence == Divergence::kReverseKl)
       log_p = std::log(call.smallest_bucket);
@@ -360,7 +367,7 @@ void row_loss(const TopkKdLossRows<Real>& call, int64_t row, Scratch<Real>& scra
     }
     Shares<Real> shares{Real(shift), outside.softmax.scale, 0, Real(kLog2E), 0};
     if (outside.softmax.sum != 0) shares.by_soft = Real(outside_gradient / outside.softmax.sum);
-    if (separate_hard && hard_scale != 0)
+    if (separate_hard && hard_scale != 0 && outside.hard_sum != 0)
       shares.by_hard = Real(hard_scale * std::exp(shift - hard_split.base) / hard_split.total);
     int64_t entry = 0;
     for (int64_t begin = 0; begin < call.vocab_size; begin += kChunk) {

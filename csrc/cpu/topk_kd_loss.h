@@ -37,8 +37,8 @@ struct TopkKdLossRows {
 };
 
 // The losses of every row, and the gradient where there is a buffer for it, as kdfast/reference.py
-// has them. A row is read from memory once, and once more from L2 for its gradient, which is written
-// once. A softmax over the support alone reads the support alone.
+// has them. A row is read from memory once, and once more from L2 for its gradient, which is
+// written once. A softmax over the support alone reads the support alone.
 template <class Real>
 void topk_kd_loss_rows(const TopkKdLossRows<Real>& call);
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from kdfast.ops import registry
 from kdfast.ops.head import wide_dtype
 from kdfast.ops.memory import fresh
+from kdfast.ops.rows import as_rows
 
 registry.library.define("scale_gradient_(Tensor(a!) gradient, Tensor incoming) -> ()")
 
@@ -17,8 +18,10 @@ def _scale_on_cpu(gradient: Tensor, incoming: Tensor) -> None:
         return
     # Row by row in the gradient's own storage: a mixed-precision product of the whole would build a
     # float32 copy.
-    for row, scale in zip(gradient.flatten(0, -2), incoming.flatten(), strict=True):
-        row.mul_(scale)
+    rows = as_rows(gradient)
+    for part, scales in zip(rows, incoming.reshape(rows.shape[:2]), strict=True):
+        for row, scale in zip(part, scales, strict=True):
+            row.mul_(scale)
 
 
 def _scale_by_triton(gradient: Tensor, incoming: Tensor) -> None:

@@ -9,7 +9,7 @@ docs/teacher-cache.md describes the format for other readers.
 """
 
 from kdfast.teacher_cache.build import build_cache
-from kdfast.teacher_cache.format import TeacherCacheError
+from kdfast.teacher_cache.format import OtherRowsError, TeacherCacheError
 from kdfast.teacher_cache.read import TeacherCache
 
-__all__ = ["TeacherCache", "TeacherCacheError", "build_cache"]
+__all__ = ["OtherRowsError", "TeacherCache", "TeacherCacheError", "build_cache"]

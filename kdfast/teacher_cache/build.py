@@ -287,6 +287,10 @@ def _sole_builder(directory: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise TeacherCacheError(f"{directory} is being written by another build") from None
+        except OSError as error:
+            raise TeacherCacheError(
+                f"{directory} is on a file system that cannot lock it: {error.strerror}"
+            ) from error
         yield
     finally:
         # The lock goes with the descriptor, and with the process.

@@ -38,6 +38,10 @@ class TeacherCacheError(ValueError):
     """A cache that is damaged, incomplete, or of something else; the message names the file."""
 
 
+class OtherRowsError(TeacherCacheError):
+    """Rows of a dataset that are not the cache's samples."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a token's entries are stored.

@@ -21,6 +21,7 @@ from kdfast.ops.truncated_softmax import TruncatedSoftmax
 from kdfast.teacher_cache.format import (
     MANIFEST,
     Layout,
+    OtherRowsError,
     TeacherCacheError,
     check_checksum,
     check_size,
@@ -42,6 +43,9 @@ from kdfast.teacher_cache.samples import (
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+# What Arrow raises for bytes that were changed: in a footer, anything that follows from them.
+DAMAGE = (OSError, ValueError, KeyError, AttributeError, pa.ArrowException)
 
 # An open shard is its footer, about 100 KB; a row group is below 1 MB, or one long sample.
 SHARDS_KEPT = 32
@@ -208,15 +212,17 @@ class TeacherCache:
             A `datasets.Dataset` for one, otherwise a list of dicts.
 
         Raises:
-            TypeError, ValueError: no such dataset, or more rows than the cache has samples.
-            TeacherCacheError: a row is not the sample; it names the shard and the row.
+            TypeError: no such dataset.
+            OtherRowsError: more rows than the cache has samples, or a row that is not the sample:
+                it names the shard and the row.
+            TeacherCacheError: as for a sample.
 
         Example:
             >>> train, held_out = cache.attach(train, 0), cache.attach(held_out, len(train))
         """
         names = columns_of(dataset)
         if not (start >= 0 and start + len(dataset) <= len(self)):
-            raise ValueError(
+            raise OtherRowsError(
                 f"dataset must have at most {max(0, len(self) - start)} rows, the cache's samples "
                 f"from {start} on, got {len(dataset)}"
             )
@@ -228,7 +234,7 @@ class TeacherCache:
             if hashes is None or place == 0:
                 hashes = self._reader().hashes(number)
             if sample_hash(row["input_ids"]) != hashes[place]:
-                raise TeacherCacheError(
+                raise OtherRowsError(
                     f"{self.directory / shard_name(number)}, row {place}: the teacher saw other "
                     f"tokens than row {sample - start} of the dataset has; was it made with "
                     "another tokenizer, order, masking or text?"
@@ -309,6 +315,7 @@ class _Readers:
         self.process = os.getpid()
         self._directory = directory
         self._manifest = manifest
+        self._schema = layout.schema
         self._names = [field.name for field in layout.schema if field.name != "sample_hash"]
         self._shards = _Recent(SHARDS_KEPT)
         self._groups = _Recent(ROW_GROUPS_KEPT)
@@ -332,9 +339,12 @@ class _Readers:
             shard = self._shards.get(number, lambda: self._open(number))
             try:
                 table = shard.file.read(["sample_hash"], use_threads=False)
-            except (OSError, pa.ArrowException) as error:
+                hashes = table.column("sample_hash").to_numpy()
+            except DAMAGE as error:
                 raise self._damaged(number, error) from error
-        return table.column("sample_hash").to_numpy()
+        if len(hashes) != shard.first_rows[-1]:
+            raise self._damaged(number, ValueError(f"it has {len(hashes)} hashes"))
+        return hashes
 
     def _open(self, number: int) -> _Shard:
         path = self._directory / shard_name(number)
@@ -342,12 +352,14 @@ class _Readers:
             file = pq.ParquetFile(
                 path, memory_map=True, pre_buffer=False, page_checksum_verification=True
             )
-        except (OSError, pa.ArrowException) as error:
+            schema, found = file.schema_arrow, file.metadata.metadata or {}
+        except DAMAGE as error:
             raise self._damaged(number, error) from error
-        found = file.metadata.metadata or {}
         expected = shard_metadata(self._manifest["id"], number)
         if any(found.get(key.encode()) != value.encode() for key, value in expected.items()):
             raise TeacherCacheError(f"{path} is of another cache, or another of its shards")
+        if not schema.equals(self._schema):
+            raise self._damaged(number, ValueError("its columns are not those of the manifest"))
         groups = range(file.metadata.num_row_groups)
         first_rows = list(
             accumulate((file.metadata.row_group(i).num_rows for i in groups), initial=0)
@@ -360,13 +372,13 @@ class _Readers:
         try:
             # On this thread: Arrow's own pool does not survive a fork.
             table = shard.file.read_row_group(index, columns=self._names, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
+            columns = [table.column(name).combine_chunks() for name in self._names]
+            return {
+                name: (column.values.to_numpy(), column.offsets.to_numpy())
+                for name, column in zip(self._names, columns, strict=True)
+            }
+        except DAMAGE as error:
             raise self._damaged(number, error) from error
-        group = {}
-        for name in self._names:
-            column = table.column(name).combine_chunks()
-            group[name] = column.values.to_numpy(), column.offsets.to_numpy()
-        return group
 
     def _damaged(self, number: int, error: Exception) -> TeacherCacheError:
         reason = str(error).strip().partition("\n")[0]

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from kdfast.ops.truncated_softmax import TruncatedSoftmax
 from kdfast.reference import TAIL_DIVERGENCES
-from kdfast.teacher_cache import TeacherCache
+from kdfast.teacher_cache import OtherRowsError, TeacherCache
 from kdfast.trainer.head import IGNORE_INDEX
 from kdfast.trainer.objective import Logits, Objective, TruncatedLogits
 
@@ -105,7 +105,7 @@ def attach(
             return dataset
         try:
             attached = cache.attach(dataset, start)
-        except (TypeError, ValueError) as reason:
+        except (TypeError, OtherRowsError) as reason:
             logger.warning_once(
                 f"The evaluation set is not in the teacher cache ({reason}): evaluation gives the "
                 "hard loss alone."
