@@ -40,7 +40,7 @@ from transformers import (
 
 import kdfast
 from kdfast.teacher_cache import TeacherCache, build_cache
-from kdfast.trainer import DistillationTrainer, Recipe, hinton, truncated
+from kdfast.trainer import DistillationTrainer, Recipe, hinton
 
 OUTPUT = Path("runs/demo")
 SEED = 0
@@ -58,7 +58,8 @@ STUDENT_STEPS, STUDENT_LEARNING_RATE = 240, 6e-3
 EVALUATIONS = 6
 
 TEMPERATURE, ALPHA = 2.0, 0.9
-CACHED_ENTRIES = 32
+# A teacher this unsure has most of its probability off any few of its largest entries.
+CACHED_DRAWS = 32
 
 COLOURS = {
     "teacher": "#8d99a6",
@@ -131,7 +132,7 @@ def main() -> int:
         tokenizer,
         STUDENT_STEPS,
         STUDENT_LEARNING_RATE,
-        recipe=truncated(CACHED_ENTRIES, "bucket", TEMPERATURE, ALPHA),
+        recipe=hinton(TEMPERATURE, ALPHA),
         teacher_cache=cache,
     )
 
@@ -289,7 +290,7 @@ def fill_cache(
     teacher: LlamaForCausalLM, blocks: list[dict[str, Tensor]]
 ) -> tuple[TeacherCache, float]:
     """What the teacher says of every training token, and the seconds that it took to ask."""
-    print(f"\ncache: {len(blocks) * BLOCK:,} tokens, {CACHED_ENTRIES} entries each", flush=True)
+    print(f"\ncache: {len(blocks) * BLOCK:,} tokens, {CACHED_DRAWS} samples each", flush=True)
     directory = OUTPUT / "cache"
     # That of an earlier run is of another teacher.
     shutil.rmtree(directory, ignore_errors=True)
@@ -298,8 +299,10 @@ def fill_cache(
         teacher,
         blocks,
         directory,
-        k=CACHED_ENTRIES,
+        draws=CACHED_DRAWS,
         temperature=TEMPERATURE,
+        proposal_temperature=TEMPERATURE,
+        bits=8,
         batch_size=BATCH,
     )
     return cache, time.perf_counter() - started

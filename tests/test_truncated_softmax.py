@@ -6,6 +6,7 @@ from tolerances import LOSS
 
 import kdfast
 from kdfast import reference
+from kdfast.ops.sampled_softmax import PROPOSAL_BYTES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = [name for name in ("cpp", "torch") if name in kdfast.available_backends()]
@@ -325,7 +326,7 @@ def test_sample_depends_on_the_generator_alone(monkeypatch):
     scores = logits(7, 30)
     first = kdfast.sampled_softmax(scores, 9, generator=torch.Generator().manual_seed(3))
     # Two rows at a time.
-    monkeypatch.setattr("kdfast.ops.sampled_softmax.PROPOSAL_BYTES", 2 * 30 * 8)
+    monkeypatch.setitem(PROPOSAL_BYTES, "cpu", 2 * 30 * 8)
     second = kdfast.sampled_softmax(scores, 9, generator=torch.Generator().manual_seed(3))
     assert all(map(torch.equal, first, second))
 
