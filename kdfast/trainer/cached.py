@@ -101,7 +101,8 @@ def attach(
 
     def attach_eval(dataset: Dataset) -> Dataset:
         nonlocal start
-        if _is_attached(dataset):
+        is_empty = hasattr(dataset, "__len__") and len(dataset) == 0
+        if is_empty or _is_attached(dataset):
             return dataset
         try:
             attached = cache.attach(dataset, start)
