@@ -1,10 +1,14 @@
-"""Runs a function on several gloo processes of this machine."""
+"""Runs a function, or a script, on several gloo processes of this machine."""
 
 import os
+import socket
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -53,3 +57,35 @@ def _work(queue, folder: str, rank: int, ranks: int, function: Callable, argumen
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def start_two(script: str, folder: Path, *arguments: str) -> list[subprocess.Popen]:
+    """The script in two processes as `torchrun` starts them, its first argument the folder."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(folder), *arguments],
+            cwd=folder,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": str(port),
+                "WORLD_SIZE": "2",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+            },
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+
+
+def finish(processes: list[subprocess.Popen]) -> None:
+    """Wait for all of them; one that failed is an error with what it wrote."""
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()

@@ -2,13 +2,10 @@
 
 import copy
 import logging
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
+from distributed import finish, start_two
 from test_trainer import LENGTH, VOCAB, gpt2, step_gradients, token_rows
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -560,33 +557,11 @@ def test_a_sharded_student(make_trainer, tmp_path):
     student.save_pretrained(tmp_path / "student")
     teacher.save_pretrained(tmp_path / "teacher")
     torch.save(batches, tmp_path / "batches.pt")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", ONE_OF_TWO_SHARDS, str(tmp_path)],
-            cwd=tmp_path,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "MASTER_ADDR": "localhost",
-                "MASTER_PORT": str(port),
-                "WORLD_SIZE": "2",
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-            },
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
+    processes = start_two(ONE_OF_TWO_SHARDS, tmp_path)
     trainer = make_trainer(student, teacher, options={"fuse_head": False})
     losses = [trainer.compute_loss(student.train(), batch) for batch in batches]
     (sum(losses) / 2).backward()
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
+    finish(processes)
     gradients = torch.load(tmp_path / "gradients.pt")
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)

@@ -1,12 +1,9 @@
 import copy
 import math
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
+from distributed import finish, start_two
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -576,27 +573,7 @@ def test_two_processes_agree_with_one(make_trainer, tmp_path):
     student.save_pretrained(tmp_path / "student")
     teacher.save_pretrained(tmp_path / "teacher")
     torch.save(rows, tmp_path / "rows.pt")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", ONE_OF_TWO_PROCESSES, str(tmp_path)],
-            cwd=tmp_path,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "MASTER_ADDR": "localhost",
-                "MASTER_PORT": str(port),
-                "WORLD_SIZE": "2",
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-            },
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
+    processes = start_two(ONE_OF_TWO_PROCESSES, tmp_path)
     one = make_trainer(
         student,
         teacher,
@@ -608,9 +585,7 @@ def test_two_processes_agree_with_one(make_trainer, tmp_path):
     )
     one.train()
     one.evaluate()
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
+    finish(processes)
     two = torch.load(tmp_path / "log.pt")
     for entry, keys in (
         (0, ("loss", "soft_loss", "hard_loss", "grad_norm")),

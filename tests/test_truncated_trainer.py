@@ -2,15 +2,12 @@
 
 import copy
 import logging
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 from datasets import Dataset
+from distributed import finish, start_two
 from test_head import NothingAsLarge, assert_same_step, model_of, one_step
 from test_trainer import LENGTH, VOCAB, bert, gpt2, token_rows
 from tokenizers import Tokenizer
@@ -832,35 +829,10 @@ def test_two_processes_agree_with_one(make_trainer, make_cache, tmp_path):
     cache = make_cache(gpt2(16), rows)
     student.save_pretrained(tmp_path / "student")
     torch.save(rows, tmp_path / "rows.pt")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-c", ONE_OF_TWO_PROCESSES),
-                *(str(tmp_path), str(cache.directory), str(K)),
-            ],
-            cwd=tmp_path,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "MASTER_ADDR": "localhost",
-                "MASTER_PORT": str(port),
-                "WORLD_SIZE": "2",
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-            },
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
+    processes = start_two(ONE_OF_TWO_PROCESSES, tmp_path, str(cache.directory), str(K))
     one = make_trainer(student, cache, rows, bucketed(), max_steps=2, per_device_train_batch_size=8)
     one.train()
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
+    finish(processes)
     two = torch.load(tmp_path / "log.pt")
     for step in range(2):
         for key in ("loss", "soft_loss", "hard_loss", "grad_norm"):

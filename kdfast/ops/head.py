@@ -260,6 +260,33 @@ def float16_headroom(
     return torch.exp2(8 - largest.log2().ceil())
 
 
+def head_gradient_scale(
+    scale: Tensor | None,
+    logit_scale: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    token_weight: Tensor | None,
+    temperature: float | Tensor,
+    scale_t2: bool,
+    alpha: float,
+) -> tuple[Tensor, Tensor | None]:
+    """What the gradient of uncapped logits is multiplied by, and the headroom that is part of it.
+
+    Args:
+        scale: of the loss, 0-d or `[rows]`; None for 1.
+        dtype: of the products' operands. Only float16 needs headroom: it is None otherwise.
+    """
+    if scale is None:
+        scale = torch.ones((), dtype=wide_dtype(dtype), device=device)
+    scale = scale * logit_scale
+    headroom = None
+    if dtype == torch.float16:
+        headroom = float16_headroom(scale, token_weight, temperature, scale_t2, alpha)
+        scale = scale * headroom
+    return scale.to(wide_dtype(dtype)), headroom
+
+
 def checked_head(
     owner: str,
     hidden: Tensor,

@@ -18,7 +18,7 @@ from kdfast.ops.arguments import (
     values_are_checked,
 )
 from kdfast.ops.gradient import LossWithGradient
-from kdfast.ops.rows import Addresses, as_rows, check_overwritable, in_rows
+from kdfast.ops.rows import Addresses, as_rows, check_overwritable, cpp_kernel, in_rows
 from kdfast.ops.tokens import (
     check_values,
     checked_keywords,
@@ -57,11 +57,7 @@ def _cpp_rows(
         teacher = teacher.to(real)
     # The kernel sees addresses, which `tensors` keeps alive until it has returned.
     tensors = Addresses()
-    extension = registry.extension()
-    kd_loss_rows = (
-        extension.kd_loss_rows_float64 if real == torch.float64 else extension.kd_loss_rows_float32
-    )
-    kd_loss_rows(
+    cpp_kernel("kd_loss_rows", real)(
         student=tensors.matrix(student),
         teacher=tensors.matrix(teacher),
         gradient=tensors.matrix(gradient),
@@ -81,7 +77,6 @@ def _cpp_rows(
         alpha=alpha,
         scale_t2=scale_t2,
         need_hard=labels is not None and (need_hard or alpha < 1),
-        threads=torch.get_num_threads(),
     )
     return losses
 

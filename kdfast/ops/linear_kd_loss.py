@@ -26,7 +26,7 @@ from kdfast.ops.head import (
     checked_head,
     chunk_budget,
     chunks_of,
-    float16_headroom,
+    head_gradient_scale,
     largest,
     logits_buffer,
     product_dtype,
@@ -107,7 +107,6 @@ def _linear_kd_loss_forward(
         }
         check_values(labels, temperatures, ignore_index, vocab_size)
     dtype = product_dtype(student_hidden, student_weight, autocast)
-    wide = wide_dtype(dtype)
     # The columns that exist, of this shard if the vocabulary is cut into shards.
     vocab = max(0, min(len(student_weight), vocab_size - vocab_offset))
 
@@ -138,14 +137,16 @@ def _linear_kd_loss_forward(
     if teacher_temperature_per_token is not None:
         teacher_temperature = teacher_temperature_per_token
     share = token_share(reduction, num_items, labels, ignore_index, tokens, device)
-    grad_scale = gradient_scale(share, incoming)
-    if grad_scale is None:
-        grad_scale = torch.ones((), dtype=wide, device=device)
-    grad_scale = grad_scale * student_logit_scale
-    headroom = None
-    if dtype == torch.float16:
-        headroom = float16_headroom(grad_scale, token_weight, temperature, scale_t2, alpha)
-        grad_scale = grad_scale * headroom
+    grad_scale, headroom = head_gradient_scale(
+        gradient_scale(share, incoming),
+        student_logit_scale,
+        dtype,
+        device,
+        token_weight=token_weight,
+        temperature=temperature,
+        scale_t2=scale_t2,
+        alpha=alpha,
+    )
 
     options = {
         "divergence": canonical_divergence(divergence, beta),
@@ -168,7 +169,7 @@ def _linear_kd_loss_forward(
         losses = _swept(
             student,
             teacher,
-            (labels, token_weight, temperature, teacher_temperature, grad_scale.to(wide)),
+            (labels, token_weight, temperature, teacher_temperature, grad_scale),
             gradients,
             chunks_of(tokens.numel(), size, labels, ignore_index),
             partial(row_losses, **options),

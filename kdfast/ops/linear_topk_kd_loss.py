@@ -22,7 +22,7 @@ from kdfast.ops.head import (
     checked_head,
     chunk_budget,
     chunks_of,
-    float16_headroom,
+    head_gradient_scale,
     is_dtensor,
     product_dtype,
     rows_of,
@@ -30,7 +30,7 @@ from kdfast.ops.head import (
     sweep,
     wide_dtype,
 )
-from kdfast.ops.rows import Addresses
+from kdfast.ops.rows import Addresses, cpp_kernel
 from kdfast.ops.tokens import (
     check_values,
     gradient_scale,
@@ -64,15 +64,10 @@ class Entries(NamedTuple):
     weight_gradient: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
-def _cpp_function(name: str, real: torch.dtype) -> Callable[..., None]:
-    function = getattr(registry.extension(), f"{name}_{str(real).removeprefix('torch.')}")
-    return partial(function, threads=torch.get_num_threads())
-
-
 def _cpp_logits(hidden: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
     tensors = Addresses()
     logits = hidden.new_empty(indices.shape, dtype=wide_dtype(hidden.dtype))
-    _cpp_function("entry_logits", logits.dtype)(
+    cpp_kernel("entry_logits", logits.dtype)(
         hidden=tensors.matrix(hidden[None]),
         weight=tensors.matrix(weight[None]),
         indices=tensors.contiguous(indices, torch.int64),
@@ -86,7 +81,7 @@ def _cpp_logits(hidden: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
 
 def _cpp_hidden_gradient(gradient: Tensor, weight: Tensor, indices: Tensor, out: Tensor) -> None:
     tensors = Addresses()
-    _cpp_function("entry_hidden_gradient", out.dtype)(
+    cpp_kernel("entry_hidden_gradient", out.dtype)(
         gradient=tensors.contiguous(gradient, out.dtype),
         weight=tensors.matrix(weight[None]),
         indices=tensors.contiguous(indices, torch.int64),
@@ -101,7 +96,7 @@ def _cpp_weight_gradient(
     gradient: Tensor, hidden: Tensor, order: Tensor, offsets: Tensor, out: Tensor
 ) -> None:
     tensors = Addresses()
-    _cpp_function("entry_weight_gradient", out.dtype)(
+    cpp_kernel("entry_weight_gradient", out.dtype)(
         gradient=tensors.contiguous(gradient, out.dtype),
         hidden=tensors.matrix(hidden[None]),
         order=tensors.contiguous(order, torch.int64),
@@ -236,14 +231,16 @@ def _linear_topk_kd_loss_forward(
     if not on_support:
         dtype = product_dtype(student_hidden, student_weight, autocast)
     share = token_share(reduction, num_items, labels, ignore_index, tokens, device)
-    grad_scale = gradient_scale(share, incoming)
-    if grad_scale is None:
-        grad_scale = torch.ones((), dtype=wide_dtype(dtype), device=device)
-    grad_scale = grad_scale * student_logit_scale
-    headroom = None
-    if dtype == torch.float16:
-        headroom = float16_headroom(grad_scale, token_weight, temperature, scale_t2, alpha)
-        grad_scale = grad_scale * headroom
+    grad_scale, headroom = head_gradient_scale(
+        gradient_scale(share, incoming),
+        student_logit_scale,
+        dtype,
+        device,
+        token_weight=token_weight,
+        temperature=temperature,
+        scale_t2=scale_t2,
+        alpha=alpha,
+    )
 
     row_losses = partial(
         registry.select("linear_topk_kd_loss", ROW_BACKENDS, student_hidden),
@@ -262,7 +259,7 @@ def _linear_topk_kd_loss_forward(
         labels,
         token_weight,
         temperature,
-        grad_scale.to(wide_dtype(dtype)),
+        grad_scale,
     )
     student = Head(
         student_hidden.reshape(tokens.numel(), student_hidden.shape[-1]),

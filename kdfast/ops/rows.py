@@ -1,9 +1,13 @@
 """Logits as kernels take them: in rows, and by their addresses."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from kdfast.ops import registry
 
 
 def as_rows(logits: Tensor) -> Tensor:
@@ -19,6 +23,12 @@ def in_rows(values: Tensor | float | None, leading: torch.Size) -> Tensor | floa
     """Values per row in the shape of the rows' leading dimensions; one for all rows stays one."""
     single = not isinstance(values, Tensor) or values.numel() == 1 != leading.numel()
     return values if single else values.view(leading)
+
+
+def cpp_kernel(name: str, real: torch.dtype) -> Callable[..., None]:
+    """The extension's `name` that computes in `real`, on as many threads as PyTorch takes."""
+    kernel = getattr(registry.extension(), f"{name}_{str(real).removeprefix('torch.')}")
+    return partial(kernel, threads=torch.get_num_threads())
 
 
 class Addresses:

@@ -18,7 +18,7 @@ from kdfast.ops.arguments import (
     values_are_checked,
 )
 from kdfast.ops.gradient import LossWithGradient
-from kdfast.ops.rows import Addresses, as_rows, check_overwritable, in_rows
+from kdfast.ops.rows import Addresses, as_rows, check_overwritable, cpp_kernel, in_rows
 from kdfast.ops.tokens import (
     check_values,
     checked_keywords,
@@ -57,13 +57,7 @@ def _cpp_rows(
     losses = student.new_empty((3, rows), dtype=real)
     # The kernel sees addresses, which `tensors` keeps alive until it has returned.
     tensors = Addresses()
-    extension = registry.extension()
-    topk_kd_loss_rows = (
-        extension.topk_kd_loss_rows_float64
-        if real == torch.float64
-        else extension.topk_kd_loss_rows_float32
-    )
-    topk_kd_loss_rows(
+    cpp_kernel("topk_kd_loss_rows", real)(
         student=tensors.matrix(student),
         gradient=tensors.matrix(gradient),
         log_probs=tensors.contiguous(log_probs, real),
@@ -86,7 +80,6 @@ def _cpp_rows(
         scale_t2=scale_t2,
         need_hard=labels is not None and (need_hard or alpha < 1),
         smallest_bucket=smallest_bucket,
-        threads=torch.get_num_threads(),
     )
     return losses
 

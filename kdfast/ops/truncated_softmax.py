@@ -13,7 +13,7 @@ from kdfast.ops.arguments import (
     check_floating,
     values_are_checked,
 )
-from kdfast.ops.rows import Addresses, as_rows, in_rows
+from kdfast.ops.rows import Addresses, as_rows, cpp_kernel, in_rows
 from kdfast.ops.tokens import check_values, result_dtype, split_temperature
 
 
@@ -37,13 +37,7 @@ def _cpp_rows(
     indices = logits.new_empty((*logits.shape[:2], k), dtype=torch.int64)
     # The kernel sees addresses, which `tensors` keeps alive until it has returned.
     tensors = Addresses()
-    extension = registry.extension()
-    truncated_softmax_rows = (
-        extension.truncated_softmax_rows_float64
-        if real == torch.float64
-        else extension.truncated_softmax_rows_float32
-    )
-    truncated_softmax_rows(
+    cpp_kernel("truncated_softmax_rows", real)(
         logits=tensors.matrix(logits),
         outer_rows=logits.shape[0],
         inner_rows=logits.shape[1],
@@ -52,7 +46,6 @@ def _cpp_rows(
         temperature=tensors.per_row(temperature, real),
         log_probs=log_probs.data_ptr(),
         indices=indices.data_ptr(),
-        threads=torch.get_num_threads(),
     )
     return log_probs, indices
 
