@@ -3,6 +3,8 @@
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kdfast.ops.attention_mse import attention_mse
+from kdfast.ops.hidden import hidden_cosine, hidden_mse
 from kdfast.ops.kd_loss import kd_loss
 from kdfast.ops.linear_kd_loss import linear_kd_loss
 from kdfast.ops.linear_topk_kd_loss import linear_topk_kd_loss
@@ -271,5 +273,97 @@ class LinearTopKKDLoss(_Settings):
             student_bias=student_bias,
             token_weight=token_weight,
             num_items=num_items,
+            **self.settings(),
+        )
+
+
+class HiddenMSE(_Settings):
+    """`kdfast.hidden_mse` as a module; every keyword means what it means there.
+
+    The projection is an argument of the call: an `nn.Linear` of the student's own trains with it.
+
+    Example:
+        >>> match = kdfast.HiddenMSE()
+        >>> loss = match(student_hidden, teacher_hidden, weight=projection.weight)
+    """
+
+    def __init__(self, *, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        return hidden_mse(student, teacher, weight=weight, bias=bias, mask=mask, **self.settings())
+
+
+class HiddenCosine(_Settings):
+    """`kdfast.hidden_cosine` as a module; every keyword means what it means there.
+
+    Example:
+        >>> match = kdfast.HiddenCosine()
+        >>> loss = match(student_hidden, teacher_hidden, mask=attention_mask.bool())
+    """
+
+    def __init__(self, *, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return hidden_cosine(student, teacher, mask=mask, **self.settings())
+
+
+class AttentionMSE(_Settings):
+    """`kdfast.attention_mse` as a module; every keyword means what it means there.
+
+    `head_map` moves with the module, and is not part of its state.
+
+    Example:
+        >>> compare = kdfast.AttentionMSE(reduction="tinybert")
+        >>> loss = compare(q_student, k_student, q_teacher, k_teacher, key_mask=mask)
+    """
+
+    def __init__(
+        self,
+        *,
+        causal: bool = False,
+        student_scale: float | None = None,
+        teacher_scale: float | None = None,
+        head_map: Tensor | None = None,
+        reduction: str = "mean",
+        method: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.causal = causal
+        self.student_scale = student_scale
+        self.teacher_scale = teacher_scale
+        self.register_buffer("head_map", head_map, persistent=False)
+        self.reduction = reduction
+        self.method = method
+
+    def forward(
+        self,
+        student_query: Tensor,
+        student_key: Tensor,
+        teacher_query: Tensor,
+        teacher_key: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
+    ) -> Tensor:
+        return attention_mse(
+            student_query,
+            student_key,
+            teacher_query,
+            teacher_key,
+            key_mask=key_mask,
+            query_mask=query_mask,
+            head_map=self.head_map,
             **self.settings(),
         )

@@ -387,3 +387,109 @@ def topk_kd_loss_rows(
         vocab_size=vocab_size,
         need_hard=need_hard,
     )
+
+
+def attention_mse_sums(
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    head_map: Tensor | None = None,
+    *,
+    causal: bool = False,
+    student_scale: float | None = None,
+    teacher_scale: float | None = None,
+) -> Tensor:
+    """Σ E² over the counted cells of each sample, E = a_s · Q_s K_sᵀ − a_t · Q_t K_tᵀ.
+
+    This is the contract of every backend of `attention_mse`. It builds both maps whole, as nothing
+    else does.
+
+    Args:
+        student_query: `[B, H_s, S, d_s]`, any floating dtype; computed in float32, or float64 for
+            float64.
+        student_key: `[B, G_s, S, d_s]`; query head h takes key head ⌊h · G_s / H_s⌋.
+        teacher_query, teacher_key: `[B, H_t, S, d_t]`, `[B, G_t, S, d_t]`.
+        key_mask, query_mask: `[B, S]`, bool. A cell counts if its query and its key do, whatever
+            the others hold.
+        head_map: `[H_s, H_t]`; the map of student head h is compared with Σ_j head_map[h, j] times
+            the teacher's of head j. None compares head h with head h.
+        causal: a cell counts if its key does not stand behind its query.
+        student_scale, teacher_scale: a_s, a_t; None for d_s^-½, d_t^-½.
+
+    Returns:
+        `[B]`.
+    """
+    real = torch.float64 if student_query.dtype == torch.float64 else torch.float32
+
+    def scores(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
+        # A row that does not count may hold NaN: it is emptied, so that no 0 · NaN survives.
+        if query_mask is not None:
+            query = torch.where(query_mask[:, None, :, None], query, 0)
+        if key_mask is not None:
+            key = torch.where(key_mask[:, None, :, None], key, 0)
+        key = key.to(real).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        return (query.shape[-1] ** -0.5 if scale is None else scale) * (query.to(real) @ key.mT)
+
+    student = scores(student_query, student_key, student_scale)
+    teacher = scores(teacher_query, teacher_key, teacher_scale)
+    if head_map is not None:
+        teacher = torch.einsum("hj,bjqk->bhqk", head_map.to(real), teacher)
+    squares = (student - teacher).square()
+    # Where a row is empty on both sides, its cells are 0 already.
+    return (squares.tril() if causal else squares).sum((1, 2, 3))
+
+
+# The least norm of a vector that a cosine divides by, as in nn.functional.cosine_similarity.
+COSINE_EPS = 1e-8
+
+
+def hidden_mse_rows(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The squared error of each token's hidden states, averaged over the features.
+
+    This is the contract of `hidden_mse`.
+
+    Args:
+        student: `[..., D_s]`, any floating dtype; computed in float32, or float64 for float64.
+        teacher: `[..., D_t]`.
+        weight: `[D_t, D_s]` and bias: `[D_t]`, of the projection student Wᵀ + bias; None for none.
+        mask: `[...]` bool. A token that is False has no loss and no gradient, whatever it holds.
+    """
+    real = torch.float64 if student.dtype == torch.float64 else torch.float32
+    student, teacher = _counted(student.to(real), mask), _counted(teacher.to(real), mask)
+    if weight is not None:
+        student = head_logits(student, weight, bias)
+    losses = (student - teacher).square().mean(-1)
+    return losses if mask is None else torch.where(mask, losses, 0.0)
+
+
+def hidden_cosine_rows(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """One minus the cosine between each token's hidden states.
+
+    This is the contract of `hidden_cosine`: 1 − s·t / (max(‖s‖, ε) · max(‖t‖, ε)), ε = COSINE_EPS.
+
+    Args:
+        student, teacher: `[..., D]`, any floating dtype; computed in float32, or float64 for
+            float64.
+        mask: `[...]` bool. A token that is False has no loss and no gradient, whatever it holds.
+    """
+    real = torch.float64 if student.dtype == torch.float64 else torch.float32
+    student, teacher = _counted(student.to(real), mask), _counted(teacher.to(real), mask)
+    norms = (
+        torch.linalg.vector_norm(side, dim=-1).clamp_min(COSINE_EPS) for side in (student, teacher)
+    )
+    losses = 1 - (student * teacher).sum(-1) / math.prod(norms)
+    return losses if mask is None else torch.where(mask, losses, 0.0)
+
+
+def _counted(states: Tensor, mask: Tensor | None) -> Tensor:
+    # A token that does not count may hold NaN, which no 0 · NaN may carry into a gradient.
+    return states if mask is None else torch.where(mask.unsqueeze(-1), states, 0.0)
