@@ -165,7 +165,7 @@ def test_weights_need_not_sum_to_one():
 @pytest.mark.parametrize(
     ("terms", "message"),
     [
-        ([HardLabels()], "must hold Logits"),
+        ([HardLabels()], "nothing comes from the teacher"),
         ([Logits(), Logits()], "at most one Logits, got 2"),
         ([Logits(0.0), HardLabels(0.0)], "weight above 0"),
     ],

@@ -1,5 +1,7 @@
 """Distillation on `transformers.Trainer`: objectives, recipes and the trainer that runs them."""
 
+from kdfast.trainer.features import AttentionMSE, EmbeddingMSE, HiddenCosine, HiddenMSE
+from kdfast.trainer.initialise import initialise_from_teacher, spread_layers
 from kdfast.trainer.objective import HardLabels, Logits, Objective, TruncatedLogits
 from kdfast.trainer.recipes import RECIPES, Recipe, hinton, truncated
 from kdfast.trainer.trainer import DistillationTrainer
@@ -7,13 +9,19 @@ from kdfast.trainer.vocabulary import check_same_vocabulary
 
 __all__ = [
     "RECIPES",
+    "AttentionMSE",
     "DistillationTrainer",
+    "EmbeddingMSE",
     "HardLabels",
+    "HiddenCosine",
+    "HiddenMSE",
     "Logits",
     "Objective",
     "Recipe",
     "TruncatedLogits",
     "check_same_vocabulary",
     "hinton",
+    "initialise_from_teacher",
+    "spread_layers",
     "truncated",
 ]

@@ -78,6 +78,11 @@ class OutputHead:
             f"{owner}_softcap": self.softcap,
         }
 
+    def skipped(self, forward: Callable[[], Result]) -> Result:
+        """What `forward` returns without `linear`: its logits have width 0."""
+        with _replaced_forward(self.linear, _no_logits):
+            return forward()
+
     def in_place(
         self, function: Callable[[Tensor], Result], forward: Callable[[], object]
     ) -> Result:
@@ -133,11 +138,12 @@ class OutputHead:
         model: nn.Module,
         forward: Callable[[], Mapping[str, Tensor] | tuple],
         loss: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        """`loss` of the inputs of `linear` in a run of `forward`, computed in `linear`'s place.
+    ) -> Mapping[str, Tensor] | tuple:
+        """What `forward` returns, with `loss` of the inputs of `linear`, computed in its place.
 
-        The loss leaves with the outputs of `model`, so that what wraps it (DDP looks for the
-        parameters that were used, FSDP waits for the backward pass) finds it there.
+        The loss leaves with the outputs of `model`, as `loss` or the first of them, so that what
+        wraps it (DDP looks for the parameters that were used, FSDP waits for the backward pass)
+        finds it there.
 
         Args:
             model: what is called by its outermost wrapper, or by nobody but `forward`.
@@ -160,10 +166,9 @@ class OutputHead:
         hook = model.register_forward_hook(attach, prepend=True)
         try:
             with _replaced_forward(self.linear, _once(losses, loss)):
-                outputs = forward()
+                return forward()
         finally:
             hook.remove()
-        return outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
 
 
 def find_head(model: nn.Module, forward: Callable[[], Tensor]) -> OutputHead:

@@ -19,6 +19,13 @@ from kdfast.ops.sampled_softmax import sampled_softmax
 from kdfast.ops.topk_kd_loss import topk_kd_loss
 from kdfast.ops.truncated_softmax import TruncatedSoftmax, truncated_softmax
 from kdfast.reference import DIVERGENCES, TAIL_DIVERGENCES, TAILS
+from kdfast.trainer.features import (
+    AttentionMSE,
+    EmbeddingMSE,
+    FeatureTerm,
+    HiddenCosine,
+    HiddenMSE,
+)
 
 
 @dataclass(frozen=True)
@@ -142,23 +149,29 @@ class HardLabels:
         check_number("weight", self.weight, 0)
 
 
-Term = Logits | TruncatedLogits | HardLabels
-KINDS = (Logits, TruncatedLogits, HardLabels)
+FEATURES = (AttentionMSE, HiddenMSE, EmbeddingMSE, HiddenCosine)
+KINDS = (Logits, TruncatedLogits, HardLabels, *FEATURES)
+Term = Logits | TruncatedLogits | HardLabels | FeatureTerm
 
 
 @dataclass(frozen=True)
 class Objective:
     """Σ weight · term, over at most one term of each kind.
 
+    A call takes the terms of the models' outputs, which are `Logits` or `TruncatedLogits` and
+    `HardLabels`. Those of their inside are `features`.
+
     Args:
-        terms: the terms, one of them `Logits` or `TruncatedLogits`.
+        terms: the terms, one of them not `HardLabels`.
 
     Raises:
         TypeError: something in `terms` is not a term.
-        ValueError: a kind of term is missing, comes twice, or no term has a weight above 0.
+        ValueError: nothing comes from the teacher, a kind of term comes twice, or no term has a
+            weight above 0.
 
     Example:
         >>> objective = Objective([Logits(0.9, temperature=4.0), HardLabels(0.1)])
+        >>> objective = Objective([AttentionMSE(), HiddenMSE(), EmbeddingMSE()])
     """
 
     terms: Iterable[Term]
@@ -168,17 +181,16 @@ class Objective:
         kinds = [type(term) for term in self.terms]
         for kind in kinds:
             if kind not in KINDS:
-                raise TypeError(
-                    f"terms must be Logits, TruncatedLogits or HardLabels, got {kind.__name__}"
-                )
+                names = ", ".join(known.__name__ for known in KINDS)
+                raise TypeError(f"terms must be of {names}, got {kind.__name__}")
             if kinds.count(kind) > 1:
                 raise ValueError(
                     f"terms must hold at most one {kind.__name__}, got {kinds.count(kind)}"
                 )
-        if not {Logits, TruncatedLogits} & set(kinds):
+        if not set(kinds) - {HardLabels}:
             raise ValueError(
-                "terms must hold Logits or TruncatedLogits: without it nothing comes from the "
-                "teacher"
+                "terms must hold one of the teacher's, Logits for example: without it nothing "
+                "comes from the teacher"
             )
         if {Logits, TruncatedLogits} <= set(kinds):
             raise ValueError("terms must hold one of Logits and TruncatedLogits, got both")
@@ -188,12 +200,27 @@ class Objective:
     @property
     def needs_labels(self) -> bool:
         """Whether a batch without labels is an error."""
-        return self._term(HardLabels) is not None
+        return self.hard is not None
 
     @property
-    def soft(self) -> Logits | TruncatedLogits:
-        """The term of the teacher's outputs."""
+    def soft(self) -> Logits | TruncatedLogits | None:
+        """The term of the teacher's outputs, if there is one."""
         return self._term(Logits | TruncatedLogits)
+
+    @property
+    def hard(self) -> HardLabels | None:
+        """The term of the labels, if there is one."""
+        return self._term(HardLabels)
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether there are terms of the models' outputs."""
+        return self.soft is not None or self.hard is not None
+
+    @property
+    def features(self) -> tuple[FeatureTerm, ...]:
+        """The terms of the models' inside."""
+        return tuple(term for term in self.terms if isinstance(term, FEATURES))
 
     def _term(self, kind: type[Term] | UnionType) -> Term | None:
         return next((term for term in self.terms if isinstance(term, kind)), None)
@@ -325,7 +352,7 @@ class Objective:
 
     @property
     def _weight(self) -> float:
-        return sum(term.weight for term in self.terms)
+        return sum(term.weight for term in (self.soft, self.hard) if term is not None)
 
     def _keywords(self) -> dict[str, object]:
         soft = self.soft

@@ -1,8 +1,8 @@
 """`transformers.Trainer` with a teacher."""
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from transformers.utils import logging
 from kdfast.ops.truncated_softmax import TruncatedSoftmax
 from kdfast.teacher_cache import TeacherCache
 from kdfast.trainer.cached import SAMPLE, CachedCollator, attach, fitted, pop_rows
+from kdfast.trainer.features import LOSS, FeatureLoss, Features, without_adapter
 from kdfast.trainer.head import (
     IGNORE_INDEX,
     OutputHead,
@@ -29,6 +30,9 @@ from kdfast.trainer.vocabulary import check_same_vocabulary
 
 logger = logging.get_logger(__name__)
 
+# The student's output head and the teacher's, those that are there and can be done without.
+Heads = tuple[OutputHead | None, OutputHead | None]
+
 
 class DistillationTrainer(Trainer):
     """Trains a student towards a teacher's outputs; everything else is `transformers.Trainer`.
@@ -42,6 +46,14 @@ class DistillationTrainer(Trainer):
     The teacher is put in eval mode, frozen, moved to the trainer's device in its own dtype, and run
     under inference mode. It is neither wrapped nor saved. Inputs that only one of the two models
     names go to that one alone.
+
+    Terms of the models' inside (`AttentionMSE`, `HiddenMSE`, `EmbeddingMSE`, `HiddenCosine`) are
+    sums over pairs of layers of means over a batch's cells or tokens, as in TinyBERT's and
+    DistilBERT's code: accumulated batches, and processes, share a step equally. They are logged as
+    `attention_loss`, `hidden_loss`, `embedding_loss` and `cosine_loss`. Their learned projections
+    are a submodule of the student, `distillation_projections`, which trains with it and is no part
+    of what it saves: they stand beside it, in `projections.safetensors`. An objective of nothing
+    else needs no labels, and its training steps run no output head.
 
     Instead of a teacher there may be a teacher cache (`kdfast.teacher_cache`): each batch then
     brings what the teacher said of it, and no teacher is in memory. The objective's soft term has
@@ -79,7 +91,8 @@ class DistillationTrainer(Trainer):
         TypeError, ValueError: a teacher that is the student, no teacher or two, tokenizers that
             differ, an argument of `transformers.Trainer` that changes the loss
             (`compute_loss_func`, `label_smoothing_factor`); a teacher cache that the objective,
-            the training set or a data collator which masks tokens does not fit; at a step, a batch
+            the training set or a data collator which masks tokens does not fit; models without the
+            layers or the widths that the objective compares; at a step, a batch
             without the labels that the objective needs, or with other tokens than the cached
             teacher saw.
 
@@ -122,7 +135,7 @@ class DistillationTrainer(Trainer):
         self.fuse_head = fuse_head
         self.overwrite_student_logits = overwrite_student_logits
 
-        student = _without_adapter(self.model)
+        student = without_adapter(self.model)
         self.shift_labels = _is_causal(student) if shift_labels is None else shift_labels
         # Trainer counts num_items_in_batch for losses that divide by it, over the positions that
         # they look at.
@@ -131,7 +144,7 @@ class DistillationTrainer(Trainer):
 
         student_names, teacher_names = (
             set(inspect.signature(m.forward).parameters)
-            for m in (student, student if teacher is None else _without_adapter(teacher))
+            for m in (student, student if teacher is None else without_adapter(teacher))
         )
         self._student_only = student_names - teacher_names
         self._teacher_only = teacher_names - student_names
@@ -139,8 +152,12 @@ class DistillationTrainer(Trainer):
         if teacher_cache is not None:
             self._take_from(teacher_cache)
 
+        self._features = None
+        if self.objective.features:
+            self._look_inside()
+
         # What was found out about the output heads, and of which student.
-        self._heads: tuple[OutputHead, OutputHead | None] | None = None
+        self._heads: Heads | None = None
         self._heads_of: nn.Module | None = None
         self._terms: dict[str, Tensor] = {}
         self._term_sums: dict[str, Tensor] = {}
@@ -160,6 +177,31 @@ class DistillationTrainer(Trainer):
             raise ValueError(
                 "label_smoothing_factor is not part of any objective, "
                 f"got {self.args.label_smoothing_factor}"
+            )
+
+    def _look_inside(self) -> None:
+        """Models whose attention and hidden states the objective compares."""
+        if self.teacher is None:
+            names = ", ".join(type(term).__name__ for term in self.objective.features)
+            raise ValueError(
+                f"objective looks inside the teacher ({names}), of which a teacher cache has "
+                "nothing: pass teacher"
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "objective looks inside the student, which nn.DataParallel copies: run one process "
+                "per GPU (torchrun, accelerate launch)"
+            )
+        if self.args.torch_compile:
+            raise ValueError(
+                "torch_compile hides the student's inside, at which the objective looks"
+            )
+        self._features = FeatureLoss(self.objective.features, self.model, self.teacher)
+        if self._has_projections:
+            parameter = next(self.model.parameters())
+            # A submodule, for whatever optimises or wraps the student's parameters.
+            self.model.distillation_projections = self._features.projections.to(
+                parameter.device, parameter.dtype
             )
 
     def _take_from(self, cache: TeacherCache) -> None:
@@ -194,6 +236,7 @@ class DistillationTrainer(Trainer):
         # models return logits.
         inputs.pop("skip_logits", None)
         labels, cached = self._pop_labels(inputs), pop_rows(inputs)
+        self._terms = {}
         if self.teacher is None and cached is None and model.training:
             raise ValueError(
                 "the batch has nothing of the teacher cache: give its dataset the column "
@@ -203,25 +246,28 @@ class DistillationTrainer(Trainer):
         teacher_inputs = {k: v for k, v in inputs.items() if k not in self._student_only}
         teacher_inputs |= self._teacher_options
         num_items = self._divisor(num_items_in_batch)
+        if self._features is not None:
+            student_inputs |= self._features.inputs
+            teacher_inputs |= self._features.inputs
 
         heads = None
-        # A class per sequence makes no logits worth avoiding.
-        if self.fuse_head and model.training and not return_outputs and _is_per_token(labels):
+        if (
+            self.fuse_head
+            and model.training
+            and not return_outputs
+            and self._without_logits(labels)
+        ):
             heads = self._output_heads(model, student_inputs, teacher_inputs)
-        if heads is None:
-            teacher = self._teacher_logits(teacher_inputs) if cached is None else cached
-            outputs = model(**student_inputs)
-            loss, self._terms = self._of_logits(
-                _logits(outputs),
+        teacher, shown = self._run_teacher(heads, teacher_inputs, labels, cached)
+        with self._comparing(model, shown, inputs) as terms:
+            outputs, loss, self._terms = self._run_student(
+                heads,
+                model,
+                student_inputs,
                 teacher,
                 labels,
                 num_items,
                 overwrite=self.overwrite_student_logits and model.training and not return_outputs,
-            )
-        else:
-            teacher = self._teacher_at_head(heads, teacher_inputs, labels, cached)
-            loss, self._terms = self._of_hidden(
-                heads, model, student_inputs, teacher, labels, num_items
             )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The divisor counted the tokens of every process, and the processes' gradients are
@@ -229,17 +275,98 @@ class DistillationTrainer(Trainer):
             processes = self.accelerator.num_processes // self.get_tp_size()
             loss = loss * processes
             self._terms = {name: term * processes for name, term in self._terms.items()}
+        if shown is not None:
+            # These are means over a batch's cells and tokens, not sums over a step's: batches share
+            # their step equally.
+            share = 1
+            if model.training and num_items_in_batch is not None:
+                share = self.current_gradient_accumulation_steps
+            loss = loss + outputs.pop(LOSS) / share
+            self._terms |= {name: term / share for name, term in terms.items()}
         if not return_outputs:
             return loss
         # Trainer takes a tuple's first entry for the loss, which the student was not asked for.
         return loss, outputs if isinstance(outputs, dict) else (loss, *outputs)
 
-    def _teacher_logits(self, inputs: dict[str, object]) -> Tensor | None:
-        """None of a batch that the cache does not hold."""
+    def _without_logits(self, labels: Tensor | None) -> bool:
+        """Whether steps should do without logits, if the models let them."""
+        # A class per sequence makes none worth avoiding.
+        return not self.objective.of_tokens or (
+            self.objective.soft is not None and _is_per_token(labels)
+        )
+
+    def _comparing(
+        self, model: nn.Module, teacher: Features | None, inputs: Mapping[str, Tensor]
+    ) -> AbstractContextManager[dict[str, Tensor]]:
+        """The student's forward with the loss of its inside, if the objective looks there."""
+        if teacher is None:
+            return nullcontext({})
+        mask = inputs.get("attention_mask")
+        return self._features.of_student(
+            self._unwrapped(model),
+            teacher,
+            None if mask is None else mask.bool(),
+            alone=model.training and not self.objective.of_tokens,
+        )
+
+    def _run_teacher(
+        self,
+        heads: Heads | None,
+        inputs: dict[str, object],
+        labels: Tensor | None,
+        cached: TruncatedSoftmax | None,
+    ) -> tuple[Tensor | TruncatedSoftmax | None, Features | None]:
+        """What the teacher says of a batch, and what it shows of its inside meanwhile.
+
+        It says nothing of a batch that the cache does not hold.
+        """
         if self.teacher is None:
-            return None
+            return cached, None
+        forward = partial(self.teacher, **inputs)
+        head = None if heads is None else heads[1]
+
+        def run() -> Tensor | TruncatedSoftmax | None:
+            if self.objective.soft is None:
+                forward() if head is None else head.skipped(forward)
+                return None
+            if head is None:
+                return _logits(forward())
+            return self._teacher_at_head(heads, forward, labels)
+
+        if self._features is not None:
+            # Its inside is compared under autograd, which saves no inference tensor.
+            with torch.no_grad():
+                return self._features.of_teacher(self.teacher, run)
         with torch.inference_mode():
-            return _logits(self.teacher(**inputs))
+            found = run()
+        if isinstance(found, TruncatedSoftmax):
+            # Neither does it save these, and they are small.
+            found = TruncatedSoftmax(*(entries.clone() for entries in found))
+        return found, None
+
+    def _run_student(
+        self,
+        heads: Heads | None,
+        model: nn.Module,
+        inputs: dict[str, object],
+        teacher: Tensor | TruncatedSoftmax | None,
+        labels: Tensor | None,
+        num_items: Tensor | None,
+        *,
+        overwrite: bool,
+    ) -> tuple[Mapping[str, Tensor] | tuple, Tensor | float, dict[str, Tensor]]:
+        """The student's outputs, and of them the loss and its terms."""
+        forward = partial(model, **inputs)
+        if not self.objective.of_tokens:
+            head = None if heads is None else heads[0]
+            return forward() if head is None else head.skipped(forward), 0.0, {}
+        if heads is not None:
+            return self._of_hidden(heads, model, forward, teacher, labels, num_items)
+        outputs = forward()
+        loss, terms = self._of_logits(
+            _logits(outputs), teacher, labels, num_items, overwrite=overwrite
+        )
+        return outputs, loss, terms
 
     def _of_logits(
         self,
@@ -263,7 +390,8 @@ class DistillationTrainer(Trainer):
                 else f"the batch has no labels: they say which tokens count ({IGNORE_INDEX}: not)"
             )
         if teacher is None:
-            return self._hard_loss(student_logits, labels, num_items)
+            loss, terms = self._hard_loss(student_logits, labels, num_items)
+            return loss * (1 if self.objective.soft else self.objective.hard.weight), terms
         vocab_size = self.vocab_size
         if isinstance(teacher, Tensor):
             widths = student_logits.shape[-1], teacher.shape[-1]
@@ -280,7 +408,7 @@ class DistillationTrainer(Trainer):
     def _hard_loss(
         self, student_logits: Tensor, labels: Tensor, num_items: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is left to evaluate without a teacher."""
+        """What is left without a teacher's outputs."""
         logits = student_logits[..., : self.vocab_size].float().flatten(0, -2)
         loss = nn.functional.cross_entropy(
             logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
@@ -290,15 +418,9 @@ class DistillationTrainer(Trainer):
         return loss, {"hard_loss": loss.detach()}
 
     def _teacher_at_head(
-        self,
-        heads: tuple[OutputHead, OutputHead | None],
-        inputs: dict[str, object],
-        labels: Tensor,
-        cached: TruncatedSoftmax | None,
+        self, heads: Heads, forward: Callable[[], object], labels: Tensor
     ) -> Tensor | TruncatedSoftmax:
         """The teacher without its logits: hidden states, or what the objective leaves of it."""
-        if cached is not None:
-            return cached
         (student, teacher), soft = heads, self.objective.soft
         widths = student.linear.out_features, teacher.linear.out_features
 
@@ -309,22 +431,17 @@ class DistillationTrainer(Trainer):
             truncate = partial(soft.truncate, vocab_size=vocab_size)
             return teacher.truncated(hidden, labels, truncate, soft.entries)
 
-        with torch.inference_mode():
-            found = teacher.in_place(outputs, lambda: self.teacher(**inputs))
-        if isinstance(found, Tensor):
-            return found
-        # Autograd saves no inference tensor, and these are small.
-        return TruncatedSoftmax(*(entries.clone() for entries in found))
+        return teacher.in_place(outputs, forward)
 
     def _of_hidden(
         self,
-        heads: tuple[OutputHead, OutputHead | None],
+        heads: Heads,
         model: nn.Module,
-        student_inputs: dict[str, object],
+        forward: Callable[[], Mapping[str, Tensor] | tuple],
         teacher: Tensor | TruncatedSoftmax,
         labels: Tensor,
         num_items: Tensor | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Mapping[str, Tensor] | tuple, Tensor, dict[str, Tensor]]:
         student, teacher_head = heads
         terms = {}
 
@@ -356,14 +473,15 @@ class DistillationTrainer(Trainer):
             terms.update(found)
             return loss
 
-        return student.loss(self._unwrapped(model), lambda: model(**student_inputs), loss_of), terms
+        outputs = student.loss(self._unwrapped(model), forward, loss_of)
+        return outputs, outputs["loss"] if isinstance(outputs, Mapping) else outputs[0], terms
 
     def _unwrapped(self, model: nn.Module) -> nn.Module:
         return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def _output_heads(
         self, model: nn.Module, student_inputs: dict[str, object], teacher_inputs: dict[str, object]
-    ) -> tuple[OutputHead, OutputHead | None] | None:
+    ) -> Heads | None:
         """The student's and the teacher's, if there is one; None where steps build logits."""
         student = self._unwrapped(model)
         if self._heads_of is not student:
@@ -373,9 +491,10 @@ class DistillationTrainer(Trainer):
 
     def _find_heads(
         self, model: nn.Module, student_inputs: dict[str, object], teacher_inputs: dict[str, object]
-    ) -> tuple[OutputHead, OutputHead | None] | None:
+    ) -> Heads | None:
+        of_tokens = self.objective.of_tokens
         # Nothing is said of a student that never had one: it need not be a language model.
-        if output_embeddings(_without_adapter(self._unwrapped(model))) is None:
+        if of_tokens and output_embeddings(without_adapter(self._unwrapped(model))) is None:
             return None
         models = [("student", model, student_inputs, torch.no_grad())]
         if self.teacher is not None:
@@ -386,16 +505,19 @@ class DistillationTrainer(Trainer):
                 with mode:
                     found.append(self._find_head(wrapped, inputs))
             except UnknownHead as reason:
-                name = type(_without_adapter(self._unwrapped(wrapped))).__name__
-                logger.warning_once(
-                    f"Training steps build logits, because the {owner} ({name}) {reason}. "
-                    "With fuse_head=False they do so without this warning."
-                )
-                return None
+                # A head that is to be left out, and nothing else, may as well run.
+                found.append(None)
+                if of_tokens:
+                    name = type(without_adapter(self._unwrapped(wrapped))).__name__
+                    logger.warning_once(
+                        f"Training steps build logits, because the {owner} ({name}) {reason}. "
+                        "With fuse_head=False they do so without this warning."
+                    )
+                    return None
         return found[0], found[1] if self.teacher is not None else None
 
     def _find_head(self, model: nn.Module, inputs: dict[str, object]) -> OutputHead:
-        inner = _without_adapter(self._unwrapped(model))
+        inner = without_adapter(self._unwrapped(model))
         if isinstance(model, nn.DataParallel):
             raise UnknownHead("runs in copies, under nn.DataParallel")
         if is_compiled(model, output_embeddings(inner)):
@@ -470,13 +592,25 @@ class DistillationTrainer(Trainer):
         if any(inputs.get(name) is None for name in self.label_names):
             # Without labels Trainer hands the whole batch to the student.
             pop_rows(inputs)
-        prediction = super().prediction_step(model, inputs, *args, **kwargs)
+        with self._loss_without_labels(inputs):
+            prediction = super().prediction_step(model, inputs, *args, **kwargs)
         if self._terms:
             # Repeated like Trainer's own losses, so that the gathering drops what fills the last
             # batch up.
             terms = torch.stack(list(self._terms.values())).repeat(self.args.eval_batch_size, 1)
             self._eval_terms.append(self.gather_function(terms).cpu())
         return prediction
+
+    @contextmanager
+    def _loss_without_labels(self, inputs: Mapping[str, Tensor]) -> Iterator[None]:
+        """Has Trainer ask for the loss of a batch that needs no labels for it, and has none."""
+        names, can_return = self.label_names, self.can_return_loss
+        if not self.objective.of_tokens and any(inputs.get(name) is None for name in names):
+            self.label_names, self.can_return_loss = [], True
+        try:
+            yield
+        finally:
+            self.label_names, self.can_return_loss = names, can_return
 
     def evaluation_loop(
         self,
@@ -496,6 +630,23 @@ class DistillationTrainer(Trainer):
                 output.metrics[f"{metric_key_prefix}_{name}"] = mean
         return output
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self._has_projections:
+            directory = self.args.output_dir if output_dir is None else output_dir
+            self._features.projections.save(directory, write=self.args.should_save)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._has_projections:
+            self._features.projections.load(resume_from_checkpoint)
+
+    @property
+    def _has_projections(self) -> bool:
+        return self._features is not None and len(self._features.projections) > 0
+
     def _set_signature_columns_if_needed(self) -> None:
         # Trainer drops dataset columns that the student does not name; the teacher may need them.
         if self._signature_columns is None:
@@ -503,11 +654,6 @@ class DistillationTrainer(Trainer):
             self._signature_columns += sorted(self._teacher_only)
             if self.teacher_cache is not None:
                 self._signature_columns.append(SAMPLE)
-
-
-def _without_adapter(model: nn.Module) -> nn.Module:
-    """The model inside a PEFT wrapper, whose own forward names no argument."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager
