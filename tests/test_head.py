@@ -392,7 +392,7 @@ def test_small_logits_do_not_hide_a_softcap(make_trainer):
     nn.init.normal_(student.lm_head.weight, std=1e-4)
     trainer = make_trainer(student)
     one_step(trainer, default_data_collator(token_rows(2)))
-    assert trainer._heads[0].softcap == 2.0
+    assert trainer._step.heads[0].softcap == 2.0
 
 
 def test_a_compiled_student_falls_back(make_trainer, caplog):
@@ -543,7 +543,7 @@ for _ in range(2):
     # The second step's weights are gathered anew.
     student.zero_grad()
     trainer.compute_loss(student, batches[mesh.get_rank()]).backward()
-assert trainer._heads is not None
+assert trainer._step.heads is not None
 gradients = {name: p.grad.full_tensor() for name, p in student.named_parameters()}
 if mesh.get_rank() == 0:
     torch.save(gradients, f"{folder}/gradients.pt")

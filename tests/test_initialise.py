@@ -344,7 +344,7 @@ REFUSED = {
     ),
     "width of a DistilBERT": (
         lambda: distilbert(1, dim=4),
-        r"student's distilbert.embeddings.word_embeddings.weight is \(37, 4\) and the teacher's bert",
+        r"student's distilbert.embeddings.word_embeddings.weight is \(37, 4\) and .* \(37, 8\)",
     ),
     "heads": (
         lambda: bert(1, num_attention_heads=4),
@@ -392,7 +392,7 @@ def test_quantised_weights_are_refused():
     teacher = bert(1)
     dense = teacher.bert.encoder.layer[0].output.dense
     dense.weight = nn.Parameter(dense.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match="is torch.int8: quantised weights are not copied"):
+    with pytest.raises(ValueError, match=r"is torch\.int8: quantised weights are not copied"):
         initialise_from_teacher(bert(1), teacher)
 
 
@@ -415,7 +415,9 @@ def test_layers_are_checked(layers, error, message):
 
 
 def test_one_list_for_two_stacks_is_refused():
-    with pytest.raises(ValueError, match=r"dict by stack .*'encoder.block', 'decoder.block'.* list"):
+    with pytest.raises(
+        ValueError, match=r"dict by stack .*'encoder.block', 'decoder.block'.* list"
+    ):
         initialise_from_teacher(t5(1, 1), t5(2, 2), [0])
 
 
@@ -423,5 +425,5 @@ def test_models_are_checked():
     model = bert(1)
     with pytest.raises(ValueError, match="two models, got one"):
         initialise_from_teacher(model, model)
-    with pytest.raises(TypeError, match="teacher must be a transformers.PreTrainedModel, got Line"):
+    with pytest.raises(TypeError, match=r"teacher must be a transformers\.PreTrainedModel, got L"):
         initialise_from_teacher(model, nn.Linear(2, 2))

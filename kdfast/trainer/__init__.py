@@ -1,15 +1,21 @@
 """Distillation on `transformers.Trainer`: objectives, recipes and the trainer that runs them."""
 
+from kdfast.trainer.augmentation import BiLSTMAugmentation, TinyBERTAugmentation, WordVectors
+from kdfast.trainer.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from kdfast.trainer.features import AttentionMSE, EmbeddingMSE, HiddenCosine, HiddenMSE
 from kdfast.trainer.initialise import initialise_from_teacher, spread_layers
 from kdfast.trainer.objective import HardLabels, Logits, Objective, TruncatedLogits
 from kdfast.trainer.recipes import RECIPES, Recipe, hinton, truncated
+from kdfast.trainer.report import ReportedModel, write_report
 from kdfast.trainer.trainer import DistillationTrainer
 from kdfast.trainer.vocabulary import check_same_vocabulary
 
 __all__ = [
     "RECIPES",
     "AttentionMSE",
+    "BiLSTMAugmentation",
+    "BiLSTMConfig",
+    "BiLSTMForSequenceClassification",
     "DistillationTrainer",
     "EmbeddingMSE",
     "HardLabels",
@@ -18,10 +24,14 @@ __all__ = [
     "Logits",
     "Objective",
     "Recipe",
+    "ReportedModel",
+    "TinyBERTAugmentation",
     "TruncatedLogits",
+    "WordVectors",
     "check_same_vocabulary",
     "hinton",
     "initialise_from_teacher",
     "spread_layers",
     "truncated",
+    "write_report",
 ]

@@ -1,10 +1,12 @@
 """What a student is trained towards: a weighted list of terms."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from types import UnionType
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from kdfast.ops.arguments import (
     check_choice,
@@ -12,6 +14,7 @@ from kdfast.ops.arguments import (
     check_number,
     checked_vocab_size,
 )
+from kdfast.ops.hidden import hidden_mse
 from kdfast.ops.kd_loss import kd_loss
 from kdfast.ops.linear_kd_loss import linear_kd_loss
 from kdfast.ops.linear_topk_kd_loss import linear_topk_kd_loss
@@ -26,11 +29,22 @@ from kdfast.trainer.features import (
     HiddenCosine,
     HiddenMSE,
 )
+from kdfast.trainer.head import IGNORE_INDEX
+
+# The tokens of language models that a soft term is of.
+TOKENS = ("labelled", "all")
 
 
 @dataclass(frozen=True)
 class Logits:
     """The teacher's distribution over tokens or classes; the keywords are those of `kd_loss`.
+
+    Args:
+        tokens: of models with a distribution per token, "labelled" are those whose label is not
+            −100, and "all" those that are no padding, as DistilBERT has it. The second is a mean
+            over a batch's tokens: accumulated batches share a step equally.
+        per_class: divide by the number of classes too, as `nn.KLDivLoss("mean")` does, and
+            TinyBERT's code.
 
     Raises:
         TypeError, ValueError: naming the setting, what came and what was expected.
@@ -42,6 +56,8 @@ class Logits:
     beta: float = 0.5
     scale_t2: bool = True
     teacher_temperature: float | None = None
+    tokens: str = "labelled"
+    per_class: bool = False
 
     def __post_init__(self) -> None:
         check_number("weight", self.weight, 0)
@@ -50,6 +66,7 @@ class Logits:
         check_number("beta", self.beta, 0, 1)
         if self.teacher_temperature is not None:
             check_number("teacher_temperature", self.teacher_temperature, 0, open_low=True)
+        check_choice("tokens", self.tokens, TOKENS)
 
 
 @dataclass(frozen=True)
@@ -66,6 +83,7 @@ class TruncatedLogits:
         draws: sample the teacher with `kdfast.sampled_softmax` instead, this many times per token.
             It needs `tail="none"`.
         proposal_temperature: of the sampling. None takes `temperature`.
+        tokens: as of `Logits`.
 
     Raises:
         TypeError, ValueError: naming the setting, what came and what was expected.
@@ -83,6 +101,7 @@ class TruncatedLogits:
     scale_t2: bool = True
     draws: int | None = None
     proposal_temperature: float | None = None
+    tokens: str = "labelled"
 
     def __post_init__(self) -> None:
         check_number("weight", self.weight, 0)
@@ -103,6 +122,7 @@ class TruncatedLogits:
             check_number("proposal_temperature", self.proposal_temperature, 0, open_low=True)
             if self.draws is None:
                 raise ValueError("proposal_temperature needs draws: the k largest are not drawn")
+        check_choice("tokens", self.tokens, TOKENS)
 
     @property
     def entries(self) -> int:
@@ -136,8 +156,25 @@ class TruncatedLogits:
 
 
 @dataclass(frozen=True)
+class LogitMSE:
+    """Mean squared error between the models' logits, over the columns that both have.
+
+    Tang et al. 2019, "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks".
+    Of language models it takes the labelled tokens, and needs the logits.
+
+    Raises:
+        TypeError, ValueError: `weight` is not a number, or below 0.
+    """
+
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("weight", self.weight, 0)
+
+
+@dataclass(frozen=True)
 class HardLabels:
-    """Cross entropy with the labels, always at temperature 1.
+    """Cross entropy with the labels, always at temperature 1; squared error, where they are floats.
 
     Raises:
         TypeError, ValueError: `weight` is not a number, or below 0.
@@ -150,16 +187,16 @@ class HardLabels:
 
 
 FEATURES = (AttentionMSE, HiddenMSE, EmbeddingMSE, HiddenCosine)
-KINDS = (Logits, TruncatedLogits, HardLabels, *FEATURES)
-Term = Logits | TruncatedLogits | HardLabels | FeatureTerm
+KINDS = (Logits, TruncatedLogits, LogitMSE, HardLabels, *FEATURES)
+Term = Logits | TruncatedLogits | LogitMSE | HardLabels | FeatureTerm
 
 
 @dataclass(frozen=True)
 class Objective:
     """Σ weight · term, over at most one term of each kind.
 
-    A call takes the terms of the models' outputs, which are `Logits` or `TruncatedLogits` and
-    `HardLabels`. Those of their inside are `features`.
+    A call takes the terms of the models' outputs, which are `Logits` or `TruncatedLogits`,
+    `LogitMSE` and `HardLabels`. Those of their inside are `features`.
 
     Args:
         terms: the terms, one of them not `HardLabels`.
@@ -197,10 +234,13 @@ class Objective:
         if not any(term.weight > 0 for term in self.terms):
             raise ValueError("terms must hold one of a weight above 0")
 
-    @property
-    def needs_labels(self) -> bool:
-        """Whether a batch without labels is an error."""
-        return self.hard is not None
+    def needs_labels(self, *, per_token: bool) -> bool:
+        """Whether a batch without labels is an error, of models with logits per token or not."""
+        if self.hard is not None:
+            return True
+        # They say which tokens count.
+        labelled = self.soft is not None and self.soft.tokens == "labelled"
+        return per_token and (labelled or self.logit_mse is not None)
 
     @property
     def soft(self) -> Logits | TruncatedLogits | None:
@@ -213,9 +253,14 @@ class Objective:
         return self._term(HardLabels)
 
     @property
+    def logit_mse(self) -> LogitMSE | None:
+        """The term of the logits' difference, if there is one."""
+        return self._term(LogitMSE)
+
+    @property
     def of_tokens(self) -> bool:
         """Whether there are terms of the models' outputs."""
-        return self.soft is not None or self.hard is not None
+        return any(term is not None for term in (self.soft, self.hard, self.logit_mse))
 
     @property
     def features(self) -> tuple[FeatureTerm, ...]:
@@ -228,10 +273,12 @@ class Objective:
     def __call__(
         self,
         student_logits: Tensor,
-        teacher: Tensor | TruncatedSoftmax,
+        teacher: Tensor | TruncatedSoftmax | None,
         labels: Tensor | None = None,
         *,
+        tokens: Tensor | None = None,
         num_items: float | Tensor | None = None,
+        num_tokens: float | Tensor | None = None,
         vocab_size: int | None = None,
         overwrite_student_logits: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -240,41 +287,77 @@ class Objective:
         Args:
             student_logits: `[..., V_s]`, floating. Gradients flow here.
             teacher: its logits `[..., V_t]`; for `TruncatedLogits` also what is left of them,
-                `[..., k]`.
-            labels: `[...]`, integers, −100 where nothing counts.
-            num_items: the divisor, as in `kdfast.kd_loss`; None takes the number of counted
-                positions.
+                `[..., k]`. None leaves the cross entropy alone, without a weight if there should be
+                a teacher.
+            labels: `[...]`, integers, −100 where nothing counts; floats of a regression.
+            tokens: `[...]` bool, those of a soft term of all tokens.
+            num_items, num_tokens: the divisors of labelled and of all tokens, as in
+                `kdfast.kd_loss`; None takes the number of counted positions.
             vocab_size: the columns that exist on both sides, as in `kdfast.kd_loss`; the student's,
                 for a truncated teacher.
-            overwrite_student_logits: as in `kdfast.kd_loss`.
+            overwrite_student_logits: as in `kdfast.kd_loss`, where one call takes all terms.
 
         Returns:
             `(total, terms)`: 0-d, and a dict of detached 0-d tensors. `soft_loss` is the divergence
-            without its weight and without T²; `hard_loss` is the cross entropy without its weight,
-            absent without labels.
+            without its weight and without T²; `logit_loss` and `hard_loss` are the others without
+            their weights, `hard_loss` absent without labels.
         """
-        loss = kd_loss
-        if isinstance(self.soft, TruncatedLogits):
-            loss = topk_kd_loss
-            if isinstance(teacher, Tensor):
-                vocab_size = checked_vocab_size(
-                    vocab_size,
-                    student_logits.shape[-1],
-                    teacher.shape[-1],
-                    ("student_logits", "teacher"),
-                    "columns",
-                )
-                teacher = self.soft.truncate(teacher, vocab_size)
-        parts = loss(
-            student_logits,
-            teacher,
-            labels,
-            vocab_size=vocab_size,
-            num_items=num_items,
-            overwrite_student_logits=overwrite_student_logits,
-            **self._keywords(),
-        )
-        return self._weighted(parts, labels)
+        if isinstance(self.soft, TruncatedLogits) and isinstance(teacher, Tensor):
+            vocab_size = checked_vocab_size(
+                vocab_size,
+                student_logits.shape[-1],
+                teacher.shape[-1],
+                ("student_logits", "teacher"),
+                "columns",
+            )
+            teacher = self.soft.truncate(teacher, vocab_size)
+        if self.soft is None or teacher is None:
+            total, terms = self._hard(student_logits, labels, num_items, vocab_size)
+        else:
+            loss = topk_kd_loss if isinstance(self.soft, TruncatedLogits) else kd_loss
+            overwrite = overwrite_student_logits and tokens is None and self.logit_mse is None
+            total, terms = self._soft_and_hard(
+                partial(
+                    loss,
+                    student_logits,
+                    teacher,
+                    vocab_size=vocab_size,
+                    overwrite_student_logits=overwrite,
+                ),
+                labels,
+                tokens,
+                num_items,
+                num_tokens,
+                student_logits.shape[-1] if vocab_size is None else vocab_size,
+            )
+        if self.logit_mse is not None and teacher is not None:
+            loss = _logit_mse(student_logits, teacher, labels, num_items, vocab_size)
+            total = total + self.logit_mse.weight * loss
+            terms["logit_loss"] = loss.detach()
+        return total, terms
+
+    def _hard(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        num_items: float | Tensor | None,
+        vocab_size: int | None,
+    ) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """What is left without a soft term, or without a teacher's outputs."""
+        if labels is None or (self.hard is None and self.soft is None):
+            return 0.0, {}
+        logits = logits[..., :vocab_size].float().flatten(0, -2)
+        if labels.is_floating_point():
+            loss = nn.functional.mse_loss(logits, labels.view_as(logits), reduction="sum")
+            counted = labels.numel()
+        else:
+            loss = nn.functional.cross_entropy(
+                logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+            )
+            counted = (labels != IGNORE_INDEX).sum()
+        loss = loss / torch.as_tensor(counted if num_items is None else num_items).clamp_min(1)
+        weight = 1.0 if self.soft is not None else self.hard.weight
+        return weight * loss, {"hard_loss": loss.detach()}
 
     def from_hidden(
         self,
@@ -284,7 +367,9 @@ class Objective:
         teacher_weight: Tensor,
         labels: Tensor | None = None,
         *,
+        tokens: Tensor | None = None,
         num_items: float | Tensor | None = None,
+        num_tokens: float | Tensor | None = None,
         vocab_size: int | None = None,
         **heads: Tensor | float | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -294,25 +379,24 @@ class Objective:
             student_hidden, student_weight: `[..., H_s]` and `[V_s, H_s]`. Gradients flow here, and
                 to `student_bias`.
             teacher_hidden, teacher_weight: `[..., H_t]` and `[V_t, H_t]`.
-            labels, num_items: as for a call.
+            labels, tokens, num_items, num_tokens: as for a call.
             vocab_size: the rows of the weights that exist on both sides.
             **heads: `student_bias`, `student_logit_scale`, `student_softcap`, and the teacher's.
 
         Returns:
             `(total, terms)`, as of a call.
         """
-        parts = linear_kd_loss(
+        loss = partial(
+            linear_kd_loss,
             student_hidden,
             student_weight,
             teacher_hidden,
             teacher_weight,
-            labels,
             vocab_size=vocab_size,
-            num_items=num_items,
             **heads,
-            **self._keywords(),
         )
-        return self._weighted(parts, labels)
+        classes = len(student_weight) if vocab_size is None else vocab_size
+        return self._soft_and_hard(loss, labels, tokens, num_items, num_tokens, classes)
 
     def from_truncated(
         self,
@@ -321,7 +405,9 @@ class Objective:
         teacher: TruncatedSoftmax,
         labels: Tensor | None = None,
         *,
+        tokens: Tensor | None = None,
         num_items: float | Tensor | None = None,
+        num_tokens: float | Tensor | None = None,
         vocab_size: int | None = None,
         **head: Tensor | float | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -331,28 +417,56 @@ class Objective:
             student_hidden, student_weight: `[..., H]` and `[V, H]`. Gradients flow here, and to
                 `student_bias`.
             teacher: what is left of it, `[..., k]`.
-            labels, num_items: as for a call.
+            labels, tokens, num_items, num_tokens: as for a call.
             vocab_size: the rows of the weight that exist.
             **head: `student_bias`, `student_logit_scale`, `student_softcap`.
 
         Returns:
             `(total, terms)`, as of a call.
         """
-        parts = linear_topk_kd_loss(
+        loss = partial(
+            linear_topk_kd_loss,
             student_hidden,
             student_weight,
             teacher,
-            labels,
             vocab_size=vocab_size,
-            num_items=num_items,
             **head,
-            **self._keywords(),
         )
-        return self._weighted(parts, labels)
+        classes = len(student_weight) if vocab_size is None else vocab_size
+        return self._soft_and_hard(loss, labels, tokens, num_items, num_tokens, classes)
 
-    @property
-    def _weight(self) -> float:
-        return sum(term.weight for term in (self.soft, self.hard) if term is not None)
+    def _soft_and_hard(
+        self,
+        loss: Callable[..., tuple[Tensor, Tensor, Tensor]],
+        labels: Tensor | None,
+        tokens: Tensor | None,
+        num_items: float | Tensor | None,
+        num_tokens: float | Tensor | None,
+        classes: int,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`loss` of both terms: in one call, if they are of the same tokens."""
+        soft, hard = self._soft_weight(classes), 0.0 if self.hard is None else self.hard.weight
+        call = partial(loss, **self._keywords(), return_parts=True)
+        if tokens is None:
+            weight = soft + hard
+            # A weight of 0 everywhere is allowed to terms of which others have one.
+            alpha = soft / weight if weight > 0 else 1.0
+            total, soft_loss, hard_loss = call(labels=labels, num_items=num_items, alpha=alpha)
+            total = weight * total
+        else:
+            total, soft_loss, _ = call(labels=labels_of(tokens), num_items=num_tokens, alpha=1.0)
+            total = soft * total
+            if labels is not None:
+                of_labels, _, hard_loss = call(labels=labels, num_items=num_items, alpha=0.0)
+                total = total + hard * of_labels
+        terms = {"soft_loss": soft_loss}
+        if labels is not None:
+            terms["hard_loss"] = hard_loss
+        return total, terms
+
+    def _soft_weight(self, classes: int) -> float:
+        per_class = isinstance(self.soft, Logits) and self.soft.per_class
+        return self.soft.weight / classes if per_class else self.soft.weight
 
     def _keywords(self) -> dict[str, object]:
         soft = self.soft
@@ -366,16 +480,23 @@ class Objective:
             "beta": soft.beta,
             "temperature": soft.temperature,
             "scale_t2": soft.scale_t2,
-            # One sweep serves both terms: it takes weights that sum to 1.
-            "alpha": soft.weight / self._weight,
-            "return_parts": True,
         }
 
-    def _weighted(
-        self, parts: tuple[Tensor, Tensor, Tensor], labels: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        total, soft_loss, hard_loss = parts
-        terms = {"soft_loss": soft_loss}
-        if labels is not None:
-            terms["hard_loss"] = hard_loss
-        return self._weight * total, terms
+
+def labels_of(tokens: Tensor) -> Tensor:
+    """Labels for a loss that needs none but to know which tokens count."""
+    return torch.where(tokens, 0, IGNORE_INDEX)
+
+
+def _logit_mse(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    num_items: float | Tensor | None,
+    vocab_size: int | None,
+) -> Tensor:
+    counted = labels != IGNORE_INDEX if student.dim() > 2 else None
+    student, teacher = student[..., :vocab_size], teacher[..., :vocab_size]
+    if num_items is None:
+        return hidden_mse(student, teacher, mask=counted)
+    return hidden_mse(student, teacher, mask=counted, reduction="sum") / num_items

@@ -1,8 +1,8 @@
 """`transformers.Trainer` with a teacher."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -12,26 +12,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from kdfast.ops.truncated_softmax import TruncatedSoftmax
 from kdfast.teacher_cache import TeacherCache
 from kdfast.trainer.cached import SAMPLE, CachedCollator, attach, fitted, pop_rows
-from kdfast.trainer.features import LOSS, FeatureLoss, Features, without_adapter
-from kdfast.trainer.head import (
-    IGNORE_INDEX,
-    OutputHead,
-    UnknownHead,
-    find_head,
-    is_compiled,
-    output_embeddings,
-)
-from kdfast.trainer.objective import Objective, TruncatedLogits
+from kdfast.trainer.features import FeatureLoss, without_adapter
+from kdfast.trainer.objective import Objective
+from kdfast.trainer.outputs import pop_labels
 from kdfast.trainer.recipes import hinton
+from kdfast.trainer.step import Batch, Share, Step
 from kdfast.trainer.vocabulary import check_same_vocabulary
 
 logger = logging.get_logger(__name__)
-
-# The student's output head and the teacher's, those that are there and can be done without.
-Heads = tuple[OutputHead | None, OutputHead | None]
 
 
 class DistillationTrainer(Trainer):
@@ -132,7 +122,6 @@ class DistillationTrainer(Trainer):
         self.teacher_cache = teacher_cache
         self.objective = hinton().objective if objective is None else objective
         self.vocab_size = vocab_size
-        self.fuse_head = fuse_head
         self.overwrite_student_logits = overwrite_student_logits
 
         student = without_adapter(self.model)
@@ -156,9 +145,15 @@ class DistillationTrainer(Trainer):
         if self.objective.features:
             self._look_inside()
 
-        # What was found out about the output heads, and of which student.
-        self._heads: Heads | None = None
-        self._heads_of: nn.Module | None = None
+        self._step = Step(
+            self.objective,
+            self.teacher,
+            self._features,
+            vocab_size=self.vocab_size,
+            fuse_head=fuse_head,
+            unwrap=partial(self.accelerator.unwrap_model, keep_torch_compile=False),
+            device=self.args.device,
+        )
         self._terms: dict[str, Tensor] = {}
         self._term_sums: dict[str, Tensor] = {}
         self._summed_since = 0
@@ -235,331 +230,44 @@ class DistillationTrainer(Trainer):
         # Without labels the student computes no loss of its own, and without skip_logits Liger's
         # models return logits.
         inputs.pop("skip_logits", None)
-        labels, cached = self._pop_labels(inputs), pop_rows(inputs)
-        self._terms = {}
+        labels = pop_labels(inputs, shift=self.shift_labels)
+        cached = pop_rows(inputs)
         if self.teacher is None and cached is None and model.training:
             raise ValueError(
                 "the batch has nothing of the teacher cache: give its dataset the column "
                 f"{SAMPLE} with TeacherCache.attach"
             )
-        student_inputs = {k: v for k, v in inputs.items() if k not in self._teacher_only}
-        teacher_inputs = {k: v for k, v in inputs.items() if k not in self._student_only}
-        teacher_inputs |= self._teacher_options
-        num_items = self._divisor(num_items_in_batch)
-        if self._features is not None:
-            student_inputs |= self._features.inputs
-            teacher_inputs |= self._features.inputs
-
-        heads = None
-        if (
-            self.fuse_head
-            and model.training
-            and not return_outputs
-            and self._without_logits(labels)
-        ):
-            heads = self._output_heads(model, student_inputs, teacher_inputs)
-        teacher, shown = self._run_teacher(heads, teacher_inputs, labels, cached)
-        with self._comparing(model, shown, inputs) as terms:
-            outputs, loss, self._terms = self._run_student(
-                heads,
-                model,
-                student_inputs,
-                teacher,
-                labels,
-                num_items,
-                overwrite=self.overwrite_student_logits and model.training and not return_outputs,
-            )
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # The divisor counted the tokens of every process, and the processes' gradients are
-            # averaged.
-            processes = self.accelerator.num_processes // self.get_tp_size()
-            loss = loss * processes
-            self._terms = {name: term * processes for name, term in self._terms.items()}
-        if shown is not None:
-            # These are means over a batch's cells and tokens, not sums over a step's: batches share
-            # their step equally.
-            share = 1
-            if model.training and num_items_in_batch is not None:
-                share = self.current_gradient_accumulation_steps
-            loss = loss + outputs.pop(LOSS) / share
-            self._terms |= {name: term / share for name, term in terms.items()}
+        student = {k: v for k, v in inputs.items() if k not in self._teacher_only}
+        teacher = {k: v for k, v in inputs.items() if k not in self._student_only}
+        loss, self._terms, outputs = self._step(
+            model,
+            Batch(student, teacher | self._teacher_options, labels, cached),
+            self._share(model, num_items_in_batch),
+            logits_needed=return_outputs or not model.training,
+            overwrite=self.overwrite_student_logits and model.training and not return_outputs,
+        )
         if not return_outputs:
             return loss
         # Trainer takes a tuple's first entry for the loss, which the student was not asked for.
         return loss, outputs if isinstance(outputs, dict) else (loss, *outputs)
 
-    def _without_logits(self, labels: Tensor | None) -> bool:
-        """Whether steps should do without logits, if the models let them."""
-        # A class per sequence makes none worth avoiding.
-        return not self.objective.of_tokens or (
-            self.objective.soft is not None and _is_per_token(labels)
-        )
-
-    def _comparing(
-        self, model: nn.Module, teacher: Features | None, inputs: Mapping[str, Tensor]
-    ) -> AbstractContextManager[dict[str, Tensor]]:
-        """The student's forward with the loss of its inside, if the objective looks there."""
-        if teacher is None:
-            return nullcontext({})
-        mask = inputs.get("attention_mask")
-        return self._features.of_student(
-            self._unwrapped(model),
-            teacher,
-            None if mask is None else mask.bool(),
-            alone=model.training and not self.objective.of_tokens,
-        )
-
-    def _run_teacher(
-        self,
-        heads: Heads | None,
-        inputs: dict[str, object],
-        labels: Tensor | None,
-        cached: TruncatedSoftmax | None,
-    ) -> tuple[Tensor | TruncatedSoftmax | None, Features | None]:
-        """What the teacher says of a batch, and what it shows of its inside meanwhile.
-
-        It says nothing of a batch that the cache does not hold.
-        """
-        if self.teacher is None:
-            return cached, None
-        forward = partial(self.teacher, **inputs)
-        head = None if heads is None else heads[1]
-
-        def run() -> Tensor | TruncatedSoftmax | None:
-            if self.objective.soft is None:
-                forward() if head is None else head.skipped(forward)
-                return None
-            if head is None:
-                return _logits(forward())
-            return self._teacher_at_head(heads, forward, labels)
-
-        if self._features is not None:
-            # Its inside is compared under autograd, which saves no inference tensor.
-            with torch.no_grad():
-                return self._features.of_teacher(self.teacher, run)
-        with torch.inference_mode():
-            found = run()
-        if isinstance(found, TruncatedSoftmax):
-            # Neither does it save these, and they are small.
-            found = TruncatedSoftmax(*(entries.clone() for entries in found))
-        return found, None
-
-    def _run_student(
-        self,
-        heads: Heads | None,
-        model: nn.Module,
-        inputs: dict[str, object],
-        teacher: Tensor | TruncatedSoftmax | None,
-        labels: Tensor | None,
-        num_items: Tensor | None,
-        *,
-        overwrite: bool,
-    ) -> tuple[Mapping[str, Tensor] | tuple, Tensor | float, dict[str, Tensor]]:
-        """The student's outputs, and of them the loss and its terms."""
-        forward = partial(model, **inputs)
-        if not self.objective.of_tokens:
-            head = None if heads is None else heads[0]
-            return forward() if head is None else head.skipped(forward), 0.0, {}
-        if heads is not None:
-            return self._of_hidden(heads, model, forward, teacher, labels, num_items)
-        outputs = forward()
-        loss, terms = self._of_logits(
-            _logits(outputs), teacher, labels, num_items, overwrite=overwrite
-        )
-        return outputs, loss, terms
-
-    def _of_logits(
-        self,
-        student_logits: Tensor,
-        teacher: Tensor | TruncatedSoftmax | None,
-        labels: Tensor | None,
-        num_items: Tensor | None,
-        *,
-        overwrite: bool,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        if isinstance(teacher, Tensor) and student_logits.dtype == torch.float16:
-            # kd_loss keeps float16 inputs for the backward pass, and autograd saves no inference
-            # tensor.
-            teacher = teacher.clone()
-
-        per_token = student_logits.dim() > 2
-        if labels is None and (per_token or self.objective.needs_labels):
-            raise ValueError(
-                "the batch has no labels: the objective needs them"
-                if self.objective.needs_labels
-                else f"the batch has no labels: they say which tokens count ({IGNORE_INDEX}: not)"
-            )
-        if teacher is None:
-            loss, terms = self._hard_loss(student_logits, labels, num_items)
-            return loss * (1 if self.objective.soft else self.objective.hard.weight), terms
-        vocab_size = self.vocab_size
-        if isinstance(teacher, Tensor):
-            widths = student_logits.shape[-1], teacher.shape[-1]
-            vocab_size = self._shared_vocab_size(*widths, per_token=per_token)
-        return self.objective(
-            student_logits,
-            teacher,
-            labels,
-            num_items=num_items,
-            vocab_size=vocab_size,
-            overwrite_student_logits=overwrite,
-        )
-
-    def _hard_loss(
-        self, student_logits: Tensor, labels: Tensor, num_items: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is left without a teacher's outputs."""
-        logits = student_logits[..., : self.vocab_size].float().flatten(0, -2)
-        loss = nn.functional.cross_entropy(
-            logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        )
-        counted = (labels != IGNORE_INDEX).sum() if num_items is None else num_items
-        loss = loss / counted.clamp_min(1)
-        return loss, {"hard_loss": loss.detach()}
-
-    def _teacher_at_head(
-        self, heads: Heads, forward: Callable[[], object], labels: Tensor
-    ) -> Tensor | TruncatedSoftmax:
-        """The teacher without its logits: hidden states, or what the objective leaves of it."""
-        (student, teacher), soft = heads, self.objective.soft
-        widths = student.linear.out_features, teacher.linear.out_features
-
-        def outputs(hidden: Tensor) -> Tensor | TruncatedSoftmax:
-            if not isinstance(soft, TruncatedLogits):
-                return hidden
-            vocab_size = self._shared_vocab_size(*widths, per_token=True)
-            truncate = partial(soft.truncate, vocab_size=vocab_size)
-            return teacher.truncated(hidden, labels, truncate, soft.entries)
-
-        return teacher.in_place(outputs, forward)
-
-    def _of_hidden(
-        self,
-        heads: Heads,
-        model: nn.Module,
-        forward: Callable[[], Mapping[str, Tensor] | tuple],
-        teacher: Tensor | TruncatedSoftmax,
-        labels: Tensor,
-        num_items: Tensor | None,
-    ) -> tuple[Mapping[str, Tensor] | tuple, Tensor, dict[str, Tensor]]:
-        student, teacher_head = heads
-        terms = {}
-
-        def loss_of(hidden: Tensor) -> Tensor:
-            # The weights are whole here, whatever shards them outside of their model's forward.
-            weight, vocab_size = student.linear.weight, self.vocab_size
-            if teacher_head is not None:
-                widths = len(weight), len(teacher_head.linear.weight)
-                vocab_size = self._shared_vocab_size(*widths, per_token=True)
-            common = {
-                "num_items": num_items,
-                "vocab_size": vocab_size,
-                **student.keywords("student"),
-            }
-            if isinstance(teacher, TruncatedSoftmax):
-                loss, found = self.objective.from_truncated(
-                    hidden, weight, teacher, labels, **common
-                )
-            else:
-                loss, found = self.objective.from_hidden(
-                    hidden,
-                    weight,
-                    teacher,
-                    teacher_head.linear.weight,
-                    labels,
-                    **common,
-                    **teacher_head.keywords("teacher"),
-                )
-            terms.update(found)
-            return loss
-
-        outputs = student.loss(self._unwrapped(model), forward, loss_of)
-        return outputs, outputs["loss"] if isinstance(outputs, Mapping) else outputs[0], terms
-
-    def _unwrapped(self, model: nn.Module) -> nn.Module:
-        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
-
-    def _output_heads(
-        self, model: nn.Module, student_inputs: dict[str, object], teacher_inputs: dict[str, object]
-    ) -> Heads | None:
-        """The student's and the teacher's, if there is one; None where steps build logits."""
-        student = self._unwrapped(model)
-        if self._heads_of is not student:
-            self._heads = self._find_heads(model, student_inputs, teacher_inputs)
-            self._heads_of = student
-        return self._heads
-
-    def _find_heads(
-        self, model: nn.Module, student_inputs: dict[str, object], teacher_inputs: dict[str, object]
-    ) -> Heads | None:
-        of_tokens = self.objective.of_tokens
-        # Nothing is said of a student that never had one: it need not be a language model.
-        if of_tokens and output_embeddings(without_adapter(self._unwrapped(model))) is None:
-            return None
-        models = [("student", model, student_inputs, torch.no_grad())]
-        if self.teacher is not None:
-            models.append(("teacher", self.teacher, teacher_inputs, torch.inference_mode()))
-        found = []
-        for owner, wrapped, inputs, mode in models:
-            try:
-                with mode:
-                    found.append(self._find_head(wrapped, inputs))
-            except UnknownHead as reason:
-                # A head that is to be left out, and nothing else, may as well run.
-                found.append(None)
-                if of_tokens:
-                    name = type(without_adapter(self._unwrapped(wrapped))).__name__
-                    logger.warning_once(
-                        f"Training steps build logits, because the {owner} ({name}) {reason}. "
-                        "With fuse_head=False they do so without this warning."
-                    )
-                    return None
-        return found[0], found[1] if self.teacher is not None else None
-
-    def _find_head(self, model: nn.Module, inputs: dict[str, object]) -> OutputHead:
-        inner = without_adapter(self._unwrapped(model))
-        if isinstance(model, nn.DataParallel):
-            raise UnknownHead("runs in copies, under nn.DataParallel")
-        if is_compiled(model, output_embeddings(inner)):
-            raise UnknownHead("is compiled")
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with _eval_mode(model), torch.random.fork_rng(devices):
-            return find_head(inner, lambda: _logits(model(**inputs)))
-
-    def _pop_labels(self, inputs: dict[str, Tensor]) -> Tensor | None:
-        """The labels, aligned with the logits that predict them."""
-        labels, shifted = inputs.pop("labels", None), inputs.pop("shift_labels", None)
-        if shifted is not None or labels is None or not self.shift_labels:
-            return labels if shifted is None else shifted
-        # The labels move rather than the logits, whose slice would have to be copied.
-        return nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
-
-    def _divisor(self, num_items_in_batch: Tensor | int | None) -> Tensor | None:
+    def _share(self, model: nn.Module, num_items_in_batch: Tensor | int | None) -> Share:
         if num_items_in_batch is None:
-            return None
+            # Then Trainer itself divides by the number of batches.
+            return Share()
         # nn.DataParallel gets one copy per device, each a share unless tokens are averaged across
         # devices. Here the loss is computed once, on the outputs of all devices.
-        num_items = torch.as_tensor(num_items_in_batch).flatten()[0]
-        if self.args.n_gpu > 1 and not self.args.average_tokens_across_devices:
+        num_items, processes = torch.as_tensor(num_items_in_batch).flatten()[0], 1
+        if self.args.average_tokens_across_devices:
+            # The divisor counted the tokens of every process, and the processes' gradients are
+            # averaged.
+            processes = self.accelerator.num_processes // self.get_tp_size()
+        elif self.args.n_gpu > 1:
             num_items = num_items * self.args.n_gpu
-        return num_items
-
-    def _shared_vocab_size(
-        self, student_width: int, teacher_width: int, *, per_token: bool
-    ) -> int | None:
-        if self.vocab_size is not None or student_width == teacher_width:
-            return self.vocab_size
-        if not per_token:
-            raise ValueError(
-                f"the student has {student_width} classes and the teacher {teacher_width}"
-            )
-        narrower = min(student_width, teacher_width)
-        logger.warning_once(
-            f"The student's logits have {student_width} columns and the teacher's "
-            f"{teacher_width}: the first {narrower} are taken for the same tokens, and the others "
-            "for padding. Pass vocab_size to say so yourself."
-        )
-        return narrower
+        # Set by `train`.
+        accumulated = getattr(self, "current_gradient_accumulation_steps", 1)
+        batches = accumulated if model.training else 1
+        return Share(num_items, processes, batches)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None = None
@@ -656,29 +364,9 @@ class DistillationTrainer(Trainer):
                 self._signature_columns.append(SAMPLE)
 
 
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and afterwards each in its own."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _is_per_token(labels: Tensor | None) -> bool:
-    return labels is not None and labels.dim() > 1
-
-
 def _is_causal(model: nn.Module) -> bool:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
     return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or str(
         getattr(model, "loss_type", None)
     ) in ("ForCausalLM", "ForConditionalGeneration")
-
-
-def _logits(outputs: Mapping[str, Tensor] | tuple) -> Tensor:
-    return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
