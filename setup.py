@@ -75,6 +75,7 @@ setup(
         "kdfast.ops",
         "kdfast.teacher_cache",
         "kdfast.trainer",
+        "kdfast.trainer.augmentation",
         "kdfast.kernels",
     ],
     package_dir={"kdfast.kernels": "kernels"},

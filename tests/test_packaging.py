@@ -16,6 +16,7 @@ PYTHON_FILES = {
     "kdfast/kernels/kd_loss.py",
     "kdfast/teacher_cache/__init__.py",
     "kdfast/trainer/__init__.py",
+    "kdfast/trainer/augmentation/__init__.py",
 }
 
 

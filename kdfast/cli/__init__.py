@@ -1,4 +1,4 @@
-"""The command `kdfast`: `kdfast distill`, `kdfast cache`, `kdfast env`."""
+"""The command `kdfast`: `kdfast distill`, `kdfast cache`, `kdfast augment`, `kdfast env`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 
 import kdfast
-from kdfast.cli import cache, distill
+from kdfast.cli import augment, cache, distill
 from kdfast.cli.errors import CommandError
 from kdfast.ops import registry
 
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     env.set_defaults(run=_env)
     distill.add_command(commands)
     cache.add_command(commands)
+    augment.add_command(commands)
     return parser
 
 

@@ -2,9 +2,10 @@
 
 from kdfast.trainer.augmentation import BiLSTMAugmentation, TinyBERTAugmentation, WordVectors
 from kdfast.trainer.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
+from kdfast.trainer.ensemble import Ensemble
 from kdfast.trainer.features import AttentionMSE, EmbeddingMSE, HiddenCosine, HiddenMSE
 from kdfast.trainer.initialise import initialise_from_teacher, spread_layers
-from kdfast.trainer.objective import HardLabels, Logits, Objective, TruncatedLogits
+from kdfast.trainer.objective import HardLabels, LogitMSE, Logits, Objective, TruncatedLogits
 from kdfast.trainer.recipes import RECIPES, Recipe, hinton, truncated
 from kdfast.trainer.report import ReportedModel, write_report
 from kdfast.trainer.trainer import DistillationTrainer
@@ -18,9 +19,11 @@ __all__ = [
     "BiLSTMForSequenceClassification",
     "DistillationTrainer",
     "EmbeddingMSE",
+    "Ensemble",
     "HardLabels",
     "HiddenCosine",
     "HiddenMSE",
+    "LogitMSE",
     "Logits",
     "Objective",
     "Recipe",

@@ -3,10 +3,19 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from transformers import PreTrainedConfig
+from transformers import BertConfig, DistilBertConfig, PreTrainedConfig
 
 from kdfast.ops.arguments import check_number
-from kdfast.trainer.objective import HardLabels, Logits, Objective, Term, TruncatedLogits
+from kdfast.trainer.bilstm import BiLSTMConfig
+from kdfast.trainer.features import AttentionMSE, EmbeddingMSE, HiddenCosine, HiddenMSE
+from kdfast.trainer.objective import (
+    HardLabels,
+    LogitMSE,
+    Logits,
+    Objective,
+    Term,
+    TruncatedLogits,
+)
 
 
 @dataclass(frozen=True)
@@ -18,11 +27,14 @@ class Recipe:
         student_config: the student, where the source prescribes one.
         training_arguments: defaults for `transformers.TrainingArguments`, where the source
             prescribes them.
+        initialise: whether the student begins with layers of the teacher
+            (`kdfast.trainer.initialise_from_teacher`).
     """
 
     objective: Objective
     student_config: PreTrainedConfig | None = None
     training_arguments: dict[str, object] = field(default_factory=dict)
+    initialise: bool = False
 
 
 def hinton(
@@ -98,8 +110,185 @@ def truncated(
     return Recipe(_with_hard_labels(soft, alpha))
 
 
+def distilbert(
+    temperature: float = 2.0,
+    alpha_ce: float = 5.0,
+    alpha_mlm: float = 2.0,
+    alpha_cos: float = 1.0,
+    *,
+    restrict_ce_to_mask: bool = False,
+) -> Recipe:
+    """Soft targets, masked language modelling and the cosine of the last hidden states.
+
+    Sanh et al. 2019, "DistilBERT, a distilled version of BERT", by its code (`distiller.py` of
+    huggingface/transformers-research-projects):
+
+        alpha_ce · T² · KL(teacher ‖ student) + alpha_mlm · cross entropy + alpha_cos · (1 − cos)
+
+    with the KL at temperature T, over all tokens that are no padding or, restricted, over the masked
+    ones; the cross entropy over the masked ones; and the cosine over all. The student is the
+    teacher with half of its layers, whose weights it begins with: 0, 2, 4, 7, 9 and 11 of 12.
+
+    Args:
+        temperature: T, above 0.
+        alpha_ce, alpha_mlm, alpha_cos: the weights, those of the source's example for one GPU.
+        restrict_ce_to_mask: take the soft targets of the masked tokens alone.
+
+    Raises:
+        TypeError, ValueError: naming the setting, what came and what was expected.
+
+    Example:
+        >>> recipe = distilbert()
+        >>> student = DistilBertForMaskedLM(recipe.student_config)
+        >>> initialise_from_teacher(student, teacher)
+    """
+    tokens = "labelled" if restrict_ce_to_mask else "all"
+    terms = [
+        Logits(alpha_ce, temperature, tokens=tokens),
+        HardLabels(alpha_mlm),
+        HiddenCosine(alpha_cos, {-1: -1}),
+    ]
+    return Recipe(
+        Objective(terms),
+        DistilBertConfig(),
+        {
+            "learning_rate": 5e-4,
+            "per_device_train_batch_size": 5,
+            "gradient_accumulation_steps": 50,
+            "num_train_epochs": 3,
+            "warmup_steps": 0.05,
+            "max_grad_norm": 5.0,
+        },
+        initialise=True,
+    )
+
+
+def tinybert_general() -> Recipe:
+    """Attention scores, hidden states and embeddings, on text without labels.
+
+    Jiao et al. 2020, "TinyBERT: Distilling BERT for Natural Language Understanding", equations 7 to
+    9, by its code (`general_distill.py` of huawei-noah/Pretrained-Language-Model):
+
+        Σ MSE(scores) + Σ MSE(hidden · W) + MSE(embeddings · W)
+
+    over the student's layers, each learning from the last of its share of the teacher's. Scores are
+    those before the softmax. As in the code, means are over padding too, save that no score of a
+    padding key counts, and one W with a bias serves all layers and the embeddings, where the paper
+    has one W for each of the two. The student is TinyBERT-4.
+
+    Example:
+        >>> recipe = tinybert_general()
+        >>> student = BertForMaskedLM(recipe.student_config)
+    """
+    return Recipe(
+        _tinybert(),
+        TINYBERT_4,
+        {"learning_rate": 1e-4, "num_train_epochs": 3, "warmup_ratio": 0.1, "weight_decay": 0.01},
+    )
+
+
+def tinybert_intermediate() -> Recipe:
+    """The same as `tinybert_general`, between a fine-tuned teacher and its student, on a task's text.
+
+    The first of the two steps of task-specific distillation (`task_distill.py`), on augmented data.
+
+    Example:
+        >>> objective = tinybert_intermediate().objective
+    """
+    return Recipe(
+        _tinybert(),
+        TINYBERT_4,
+        {
+            "learning_rate": 5e-5,
+            "per_device_train_batch_size": 32,
+            "num_train_epochs": 10,
+            "warmup_ratio": 0.1,
+            "weight_decay": 0.01,
+        },
+    )
+
+
+def tinybert_prediction(temperature: float = 1.0) -> Recipe:
+    """The teacher's classes, after the student has learnt its inside.
+
+    The second step of TinyBERT's task-specific distillation, equation 10 of the paper, by its code
+    (`task_distill.py --pred_distill`): the cross entropy of the softened distributions, a mean over
+    samples and classes, without T². Here it is the KL, which has the same gradient and differs by
+    the teacher's entropy.
+
+    Args:
+        temperature: T, above 0.
+
+    Raises:
+        TypeError, ValueError: naming the setting, what came and what was expected.
+
+    Example:
+        >>> objective = tinybert_prediction().objective
+    """
+    return Recipe(
+        Objective([Logits(1.0, temperature, scale_t2=False, per_class=True)]),
+        TINYBERT_4,
+        {
+            "learning_rate": 3e-5,
+            "per_device_train_batch_size": 32,
+            "num_train_epochs": 3,
+            "warmup_ratio": 0.1,
+            "weight_decay": 0.01,
+        },
+    )
+
+
+TINYBERT_4 = BertConfig(
+    hidden_size=312, num_hidden_layers=4, num_attention_heads=12, intermediate_size=1200
+)
+
+
+def _tinybert() -> Objective:
+    return Objective(
+        [
+            AttentionMSE(mask_queries=False, reduction="tinybert"),
+            HiddenMSE(projection="shared", mask=False),
+            EmbeddingMSE(projection="shared", mask=False),
+        ]
+    )
+
+
+def bilstm(distill_weight: float = 1.0, ce_weight: float = 0.0) -> Recipe:
+    """The logits of a classifier, into a bidirectional LSTM.
+
+    Tang et al. 2019, "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks":
+
+        distill_weight · MSE(logits) + ce_weight · cross entropy
+
+    Args:
+        distill_weight, ce_weight: the weights. The paper's α is the share of the cross entropy.
+
+    Raises:
+        TypeError, ValueError: naming the setting, what came and what was expected.
+
+    Example:
+        >>> recipe = bilstm()
+        >>> student = BiLSTMForSequenceClassification(recipe.student_config)
+    """
+    terms = [LogitMSE(distill_weight)]
+    if ce_weight > 0:
+        terms.append(HardLabels(ce_weight))
+    return Recipe(Objective(terms), BiLSTMConfig(embeddings="multichannel"))
+
+
 def _with_hard_labels(soft: Term, alpha: float) -> Objective:
     return Objective([soft, HardLabels(1 - alpha)] if alpha < 1 else [soft])
 
 
-RECIPES: dict[str, Callable[..., Recipe]] = {"hinton": hinton, "truncated": truncated}
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        hinton,
+        truncated,
+        distilbert,
+        tinybert_general,
+        tinybert_intermediate,
+        tinybert_prediction,
+        bilstm,
+    )
+}

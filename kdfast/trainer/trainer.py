@@ -1,7 +1,6 @@
 """`transformers.Trainer` with a teacher."""
 
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -14,6 +13,7 @@ from transformers.utils import logging
 
 from kdfast.teacher_cache import TeacherCache
 from kdfast.trainer.cached import SAMPLE, CachedCollator, attach, fitted, pop_rows
+from kdfast.trainer.ensemble import Ensemble, forward_names
 from kdfast.trainer.features import FeatureLoss, without_adapter
 from kdfast.trainer.objective import Objective
 from kdfast.trainer.outputs import pop_labels
@@ -59,7 +59,7 @@ class DistillationTrainer(Trainer):
     Args:
         *args, **kwargs: as for `transformers.Trainer`; `model` is the student.
         teacher: maps the batch to logits of the student's shape; a wider or narrower vocabulary is
-            allowed.
+            allowed. Of several the probabilities are averaged; `Ensemble` has weights for them.
         teacher_cache: what `kdfast.teacher_cache.build_cache` made of a teacher, in its place. The
             training set, and the evaluation set where the cache holds it behind the training set,
             get their column `teacher_sample` (`TeacherCache.attach`) unless they have it. An
@@ -97,7 +97,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         *args: object,
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | Sequence[nn.Module] | None = None,
         teacher_cache: TeacherCache | None = None,
         objective: Objective | None = None,
         vocab_size: int | None = None,
@@ -110,6 +110,8 @@ class DistillationTrainer(Trainer):
         if (teacher is None) == (teacher_cache is None):
             got = "neither" if teacher is None else "both"
             raise ValueError(f"exactly one of teacher and teacher_cache must be given, got {got}")
+        if isinstance(teacher, Sequence):
+            teacher = Ensemble(teacher)
         super().__init__(*args, **kwargs)
         self._check_loss_is_ours(teacher)
         if teacher_tokenizer is not None and self.processing_class is not None:
@@ -131,11 +133,12 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = self.shift_labels
 
-        student_names, teacher_names = (
-            set(inspect.signature(m.forward).parameters)
-            for m in (student, student if teacher is None else without_adapter(teacher))
+        student_names = forward_names(student)
+        teacher_names = student_names if teacher is None else forward_names(teacher)
+        # An ensemble chooses for each of its members.
+        self._student_only = (
+            set() if isinstance(teacher, Ensemble) else student_names - teacher_names
         )
-        self._student_only = student_names - teacher_names
         self._teacher_only = teacher_names - student_names
         self._teacher_options = {"use_cache": False} if "use_cache" in teacher_names else {}
         if teacher_cache is not None:
@@ -144,6 +147,10 @@ class DistillationTrainer(Trainer):
         self._features = None
         if self.objective.features:
             self._look_inside()
+        if isinstance(self.teacher, Ensemble):
+            soft = self.objective.soft
+            own = getattr(soft, "teacher_temperature", None)
+            self.teacher.temperature = 1.0 if soft is None else own or soft.temperature
 
         self._step = Step(
             self.objective,
@@ -182,6 +189,8 @@ class DistillationTrainer(Trainer):
                 f"objective looks inside the teacher ({names}), of which a teacher cache has "
                 "nothing: pass teacher"
             )
+        if isinstance(self.teacher, Ensemble):
+            raise ValueError("objective looks inside the teacher, and an ensemble has no inside")
         if self.args.n_gpu > 1:
             raise ValueError(
                 "objective looks inside the student, which nn.DataParallel copies: run one process "
