@@ -1,13 +1,20 @@
 import copy
-import math
 import re
+from functools import partial
 
 import pytest
 import torch
 from distributed import finish, start_two
 from torch import Tensor, nn
+from training import (
+    LENGTH,
+    VOCAB,
+    bert,
+    gradients,
+    padded_rows,
+    trainer_of,
+)
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
@@ -15,13 +22,11 @@ from transformers import (
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
-    TrainingArguments,
     default_data_collator,
 )
 
 from kdfast.trainer import (
     AttentionMSE,
-    DistillationTrainer,
     EmbeddingMSE,
     HardLabels,
     HiddenCosine,
@@ -31,34 +36,11 @@ from kdfast.trainer import (
 )
 from kdfast.trainer.projections import FILE, Projections
 
-VOCAB = 41
-LENGTH = 10
-
 INSIDE = [
     AttentionMSE(reduction="tinybert", mask_queries=False),
     HiddenMSE(projection="shared", mask=False),
     EmbeddingMSE(projection="shared", mask=False),
 ]
-
-
-def bert(width: int, layers: int, cls: type = BertForMaskedLM, **settings: object) -> nn.Module:
-    return cls(
-        BertConfig(
-            **{
-                "vocab_size": VOCAB,
-                "hidden_size": width,
-                "intermediate_size": 2 * width,
-                "num_hidden_layers": layers,
-                "num_attention_heads": 2,
-                "max_position_embeddings": LENGTH,
-                # Far from 0, so that student and teacher differ in every score.
-                "initializer_range": 0.3,
-                "hidden_dropout_prob": 0.0,
-                "attention_probs_dropout_prob": 0.0,
-                **settings,
-            }
-        )
-    )
 
 
 def llama(width: int, layers: int) -> LlamaForCausalLM:
@@ -76,144 +58,9 @@ def llama(width: int, layers: int) -> LlamaForCausalLM:
     )
 
 
-def padded_rows(count: int, *, labels: bool = False) -> list[dict[str, Tensor]]:
-    """Sequences of which row i has i tokens of padding behind it."""
-    rows = []
-    for i in range(count):
-        tokens, mask = torch.randint(1, VOCAB, (LENGTH,)), torch.ones(LENGTH, dtype=torch.int64)
-        padding = i % (LENGTH // 2)
-        mask[LENGTH - padding :] = 0
-        rows.append({"input_ids": tokens, "attention_mask": mask})
-        if labels:
-            rows[-1]["labels"] = tokens.masked_fill(mask == 0, -100)
-    return rows
-
-
 @pytest.fixture
 def make_trainer(tmp_path):
-    def make(student, teacher, objective, rows=(), options=None, **arguments):
-        return DistillationTrainer(
-            model=student,
-            args=TrainingArguments(
-                **{
-                    "output_dir": str(tmp_path / "out"),
-                    "use_cpu": True,
-                    "disable_tqdm": True,
-                    "log_level": "error",
-                    "save_strategy": "no",
-                    "per_device_train_batch_size": 4,
-                    "per_device_eval_batch_size": 4,
-                    "logging_steps": 1,
-                    "learning_rate": 1e-2,
-                    **arguments,
-                }
-            ),
-            teacher=teacher,
-            objective=objective if isinstance(objective, Objective) else Objective(objective),
-            train_dataset=list(rows) or None,
-            **{"data_collator": default_data_collator, **(options or {})},
-        )
-
-    return make
-
-
-def gradients(trainer: DistillationTrainer, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of one training step's loss, by the names of the student's parameters."""
-    trainer.model.train()
-    trainer.model.zero_grad()
-    trainer.compute_loss(trainer.model, dict(batch)).backward()
-    return {
-        name: parameter.grad.clone()
-        for name, parameter in trainer.model.named_parameters()
-        if parameter.grad is not None
-    }
-
-
-def literal_attention(model: nn.Module, batch: dict[str, Tensor]) -> tuple[list[Tensor], tuple]:
-    """TinyBERT's `attention_scores` of each layer, before the softmax, and the hidden states.
-
-    transformer/modeling.py: query and key projections, scaled products, and a mask of −10000 added
-    to the columns of padding.
-    """
-    queries, keys = [], []
-    layers = [layer.attention.self for layer in model.bert.encoder.layer]
-    hooks = [
-        hook
-        for layer in layers
-        for hook in (
-            layer.query.register_forward_hook(lambda module, inputs, out: queries.append(out)),
-            layer.key.register_forward_hook(lambda module, inputs, out: keys.append(out)),
-        )
-    ]
-    hidden = model(**batch, output_hidden_states=True).hidden_states
-    for hook in hooks:
-        hook.remove()
-    heads, penalty = 2, (1.0 - batch["attention_mask"][:, None, None, :].float()) * -10000.0
-    scores = []
-    for query, key in zip(queries, keys, strict=True):
-        query, key = (x.unflatten(-1, (heads, -1)).permute(0, 2, 1, 3) for x in (query, key))
-        scores.append(query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]) + penalty)
-    return scores, hidden
-
-
-def literal_tinybert(
-    student: nn.Module, teacher: nn.Module, fit_dense: nn.Linear, batch: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """general_distill.py of huawei-noah/Pretrained-Language-Model, term by term."""
-    student_scores, student_hidden = literal_attention(student, batch)
-    with torch.no_grad():
-        teacher_scores, teacher_hidden = literal_attention(teacher, batch)
-    loss_mse = nn.MSELoss()
-    block = len(teacher_scores) // len(student_scores)
-
-    attention = 0.0
-    chosen = [teacher_scores[i * block + block - 1] for i in range(len(student_scores))]
-    for own, other in zip(student_scores, chosen, strict=True):
-        own = torch.where(own <= -1e2, torch.zeros_like(own), own)
-        other = torch.where(other <= -1e2, torch.zeros_like(other), other)
-        attention = attention + loss_mse(own, other)
-
-    hidden = 0.0
-    chosen = [teacher_hidden[i * block] for i in range(len(student_scores) + 1)]
-    for own, other in zip(student_hidden, chosen, strict=True):
-        hidden = hidden + loss_mse(fit_dense(own), other)
-    return attention, hidden
-
-
-def test_a_step_of_tinybert_is_the_literal_one(make_trainer):
-    student, teacher = bert(8, 2), bert(16, 4)
-    batch = default_data_collator(padded_rows(4))
-    trainer = make_trainer(student, teacher, INSIDE)
-    weight, bias = student.distillation_projections["shared"]
-    assert weight.shape == (16, 8)
-    found = gradients(trainer, batch)
-
-    literal = copy.deepcopy(student).eval()
-    fit_dense = nn.Linear(8, 16)
-    with torch.no_grad():
-        fit_dense.weight.copy_(weight)
-        fit_dense.bias.copy_(bias)
-    literal.zero_grad()
-    attention, hidden = literal_tinybert(literal, teacher, fit_dense, batch)
-    (attention + hidden).backward()
-
-    terms = trainer._terms
-    torch.testing.assert_close(terms["attention_loss"], attention.detach(), rtol=1e-5, atol=0)
-    own = terms["hidden_loss"] + terms["embedding_loss"]
-    torch.testing.assert_close(own, hidden.detach(), rtol=1e-5, atol=0)
-    expected = {
-        name: parameter.grad
-        for name, parameter in literal.named_parameters()
-        if parameter.grad is not None and "projections" not in name
-    }
-    expected["distillation_projections.shared_weight"] = fit_dense.weight.grad
-    expected["distillation_projections.shared_bias"] = fit_dense.bias.grad
-    assert found.keys() == expected.keys()
-    assert any("query" in name for name in expected)
-    for name, gradient in expected.items():
-        error = (found[name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
-        # A key's bias moves every score of a query by the same, but these are not softmaxed.
-        assert error < 1e-5, (name, error)
+    return partial(trainer_of, tmp_path)
 
 
 @pytest.mark.parametrize("family", [bert, llama])
@@ -444,14 +291,14 @@ def test_projections_are_saved_beside_and_resume(make_trainer, tmp_path):
         return bert(8, 2, hidden_dropout_prob=0.1)
 
     whole = make_trainer(student(), teacher, INSIDE, rows, **arguments("whole"))
-    first = whole._features.projections["shared"][0].clone()
+    first = whole.projections["shared"][0].clone()
     whole.train()
     whole.save_model()
     checkpoint = tmp_path / "whole" / "checkpoint-4"
     torch.manual_seed(99)
     resumed = make_trainer(student(), teacher, INSIDE, rows, **arguments("resumed"))
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    own, other = (trainer._features.projections["shared"] for trainer in (whole, resumed))
+    own, other = (trainer.projections["shared"] for trainer in (whole, resumed))
     assert not torch.equal(own[0], first)
     assert all(torch.equal(*pair) for pair in zip(own, other, strict=True))
     for name, value in whole.model.state_dict().items():
@@ -530,9 +377,9 @@ def test_two_processes_agree_with_one(make_trainer, tmp_path):
     for step in range(3):
         for key in ("loss", "attention_loss", "hidden_loss", "embedding_loss", "grad_norm"):
             assert two[step][key] == pytest.approx(one.state.log_history[step][key], rel=1e-3), key
-    other = Projections(one._features.projections.names, 8, 16, 0.1)
+    other = Projections(one.projections.names, 8, 16, 0.1)
     other.load(tmp_path / "two")
-    for own, loaded in zip(one._features.projections.parameters(), other.parameters(), strict=True):
+    for own, loaded in zip(one.projections.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(loaded, own, rtol=1e-3, atol=1e-4)
 
 
@@ -556,7 +403,7 @@ mesh = init_device_mesh("cpu", (2,))
 for layer in student.bert.encoder.layer:
     fully_shard(layer, mesh=mesh)
 fully_shard(student, mesh=mesh)
-trainer._features.projections.load(folder)
+trainer.projections.load(folder)
 student.train()
 for _ in range(2):
     # The second step's weights are gathered anew.
@@ -565,7 +412,7 @@ for _ in range(2):
 gradients = {
     name: p.grad.full_tensor() for name, p in student.named_parameters() if p.grad is not None
 }
-trainer._features.projections.save(f"{folder}/out", write=mesh.get_rank() == 0)
+trainer.projections.save(f"{folder}/out", write=mesh.get_rank() == 0)
 if mesh.get_rank() == 0:
     torch.save(gradients, f"{folder}/gradients.pt")
 torch.distributed.destroy_process_group()
@@ -579,7 +426,7 @@ def test_a_sharded_student(make_trainer, tmp_path):
     teacher.save_pretrained(tmp_path / "teacher")
     torch.save(batches, tmp_path / "batches.pt")
     trainer = make_trainer(student, teacher, [AttentionMSE(), HiddenMSE(), EmbeddingMSE()])
-    trainer._features.projections.save(tmp_path)
+    trainer.projections.save(tmp_path)
     (tmp_path / "out").mkdir(exist_ok=True)
     processes = start_two(ONE_OF_TWO_SHARDS, tmp_path)
     losses = [trainer.compute_loss(student.train(), batch) for batch in batches]

@@ -7,13 +7,13 @@ import importlib.metadata
 import platform
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 
 import kdfast
 from kdfast.cli import augment, cache, distill
 from kdfast.cli.errors import CommandError
+from kdfast.cli.options import Parser
 from kdfast.ops import registry
 
 
@@ -38,13 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise CommandError(f"{message} (see {self.prog} --help)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="kdfast", description="Knowledge distillation with fused losses.")
+    parser = Parser(prog="kdfast", description="Knowledge distillation with fused losses.")
     parser.add_argument("--version", action="version", version=f"kdfast {kdfast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 

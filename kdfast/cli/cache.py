@@ -11,7 +11,8 @@ import torch
 
 from kdfast.cli.errors import CommandError, need, reporting, silence_libraries
 from kdfast.cli.inputs import (
-    check_paths,
+    check_dataset,
+    check_model,
     fixed_blocks,
     load_blocks,
     load_config,
@@ -110,7 +111,8 @@ def _build(arguments: argparse.Namespace) -> None:
     from kdfast.teacher_cache import build_cache
 
     entries = _entries(arguments)
-    check_paths(arguments, "teacher")
+    check_model("teacher", arguments.teacher)
+    check_dataset(arguments.dataset)
     check_device(arguments.device)
     config = load_config("teacher", arguments.teacher)
     tokenizer = teachers_tokenizer(arguments.teacher, config.vocab_size)

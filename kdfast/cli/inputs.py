@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kdfast.cli.errors import CommandError, need, reporting
-from kdfast.cli.options import MAX_DEFAULT_BLOCK, TASKS
+from kdfast.cli.options import LANGUAGE_TASKS, MAX_DEFAULT_BLOCK, TASKS
 
 # Imported by the functions that need them: `kdfast env` works without.
 if TYPE_CHECKING:
@@ -22,6 +22,18 @@ if TYPE_CHECKING:
     from kdfast.teacher_cache import TeacherCache
 
 DEFAULT_EVAL_FRACTION = 0.05
+
+# transformers' classes of a task's models.
+AUTO_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+}
+
+# The column that a task's text is in, of tasks where it is not called `text`.
+TEXT_COLUMNS = {"token-classification": "tokens", "question-answering": "question"}
 
 # What a saved tokenizer consists of, by the names that its kinds give it.
 TOKENIZER_FILES = (
@@ -35,25 +47,27 @@ TOKENIZER_FILES = (
 )
 
 
-def check_paths(arguments: argparse.Namespace, *owners: str | None) -> None:
-    for name in filter(None, owners):
-        path = getattr(arguments, name)
-        if not path.exists():
-            raise CommandError(f"--{name} {path} does not exist")
-        if name == "teacher" and not path.is_dir():
-            raise CommandError(f"--teacher {path} is not a directory")
-        if path.is_dir() and not (path / "config.json").is_file():
-            raise CommandError(f"--{name} {path} holds no config.json")
-        if name == "teacher" and not _has_weights(path):
-            raise CommandError(f"--teacher {path} holds no weights")
-    for path in arguments.dataset:
+def check_model(owner: str, path: Path) -> None:
+    """That there is a teacher with weights, or a student with at least a config."""
+    if not path.exists():
+        raise CommandError(f"--{owner} {path} does not exist")
+    if owner == "teacher" and not path.is_dir():
+        raise CommandError(f"--teacher {path} is not a directory")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CommandError(f"--{owner} {path} holds no config.json")
+    if owner == "teacher" and not has_weights(path):
+        raise CommandError(f"--teacher {path} holds no weights")
+
+
+def check_dataset(files: Sequence[Path]) -> None:
+    for path in files:
         if not path.is_file():
             raise CommandError(
                 f"--dataset {path} {'is not a file' if path.exists() else 'does not exist'}"
             )
 
 
-def _has_weights(path: Path) -> bool:
+def has_weights(path: Path) -> bool:
     names = ("model.safetensors", "pytorch_model.bin")
     return any((path / f"{name}{end}").exists() for name in names for end in ("", ".index.json"))
 
@@ -61,27 +75,29 @@ def _has_weights(path: Path) -> bool:
 def load_config(owner: str, path: Path) -> PreTrainedConfig:
     from transformers import AutoConfig
 
+    # Makes the BiLSTM known to the auto classes.
+    import kdfast.trainer.bilstm  # noqa: F401
+
     with reporting(f"cannot load the {owner}'s config from {path}"):
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     if not isinstance(getattr(config, "vocab_size", None), int):
-        raise CommandError(f"--{owner} {path} is no language model: its config has no vocab_size")
+        raise CommandError(f"--{owner} {path} reads no tokens: its config has no vocab_size")
     return config
 
 
-def load_model(owner: str, path: Path, config: PreTrainedConfig, task: str) -> PreTrainedModel:
-    """A checkpoint, or a fresh model where a path has a config alone."""
+def load_model(
+    owner: str, path: Path | None, config: PreTrainedConfig, task: str
+) -> PreTrainedModel:
+    """A checkpoint, or a fresh model where there is a config alone."""
     import transformers
 
-    auto = (
-        transformers.AutoModelForMaskedLM
-        if task == "masked-lm"
-        else transformers.AutoModelForCausalLM
-    )
-    with reporting(f"cannot load the {owner} from {path}"):
-        if not _has_weights(path):
+    auto = getattr(transformers, AUTO_CLASSES[task])
+    with reporting(f"cannot load the {owner}" + (f" from {path}" if path is not None else "")):
+        if path is None or not has_weights(path):
             return auto.from_config(config, dtype=torch.float32)
         model, info = auto.from_pretrained(
             path,
+            config=config,
             # A teacher stays as it was saved; a student's weights must resolve small updates.
             dtype="auto" if owner == "teacher" else torch.float32,
             local_files_only=True,
@@ -172,7 +188,7 @@ def settle_data(
     *configs: PreTrainedConfig,
 ) -> Data:
     """What the flags say, and defaults for the rest; the task is what the last config is for."""
-    task = arguments.task or _task_of(configs[-1])
+    task = arguments.task or task_of(configs[-1])
     masked = task == "masked-lm"
     if masked and tokenizer.mask_token is None:
         raise CommandError("masked-lm needs a tokenizer with a mask token, and this one has none")
@@ -183,7 +199,7 @@ def settle_data(
 
     return Data(
         task,
-        chosen("text_column", "text"),
+        chosen("text_column", TEXT_COLUMNS.get(task, "text")),
         _block_size(arguments.block_size, tokenizer, *configs),
         chosen("mlm_probability", 0.15) if masked else None,
         chosen("eval_fraction", DEFAULT_EVAL_FRACTION),
@@ -191,20 +207,28 @@ def settle_data(
     )
 
 
-def _task_of(config: PreTrainedConfig) -> str:
-    from transformers.models.auto import modeling_auto
-
-    names = (
-        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
-    for task, mapping in zip(TASKS, names, strict=True):
-        if set(config.architectures or ()) & set(mapping.values()):
+def task_of(config: PreTrainedConfig) -> str:
+    """What a teacher was trained for."""
+    for task in TASKS:
+        if is_for(config, task):
             return task
     raise CommandError(
-        f"the teacher ({', '.join(config.architectures or ['no architecture named'])}) is neither "
-        "a causal nor a masked language model; pass --task if its config is wrong"
+        f"the teacher ({', '.join(config.architectures or ['no architecture named'])}) is for none "
+        f"of {', '.join(TASKS)}; pass --task if its config is wrong"
     )
+
+
+def is_for(config: PreTrainedConfig, task: str) -> bool:
+    """Whether a checkpoint's config names an architecture of the task."""
+    from transformers.models.auto import modeling_auto
+
+    from kdfast.trainer.bilstm import BiLSTMForSequenceClassification
+
+    table = f"MODEL_FOR_{task.replace('-', '_').upper()}_MAPPING_NAMES"
+    names = {*getattr(modeling_auto, table).values()}
+    if task == "sequence-classification":
+        names.add(BiLSTMForSequenceClassification.__name__)
+    return not names.isdisjoint(config.architectures or ())
 
 
 def _block_size(
@@ -221,30 +245,40 @@ def _block_size(
     return asked or min(limit, MAX_DEFAULT_BLOCK)
 
 
+def split(rows: Dataset, eval_fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Rows to train on and held-out ones, by chance; of a fraction of 0, or one row, none is."""
+    rows = rows.shuffle(seed=seed)
+    held_out = 0
+    if eval_fraction > 0:
+        held_out = min(max(1, round(eval_fraction * len(rows))), len(rows) - 1)
+    return rows.select(range(held_out, len(rows))), rows.select(range(held_out))
+
+
 def load_blocks(
     files: Sequence[Path], data: Data, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset, Dataset]:
     """Blocks to train on, and held-out ones, of which there may be none."""
     from kdfast.trainer.text import load_documents, pack
 
+    if data.task not in LANGUAGE_TASKS:
+        raise CommandError(
+            f"blocks of text are for {' and '.join(LANGUAGE_TASKS)}, and the teacher is for "
+            f"{data.task}; pass --task if its config is wrong"
+        )
     with reporting("cannot read the dataset"):
         documents = load_documents(files, data.text_column)
-    documents = documents.shuffle(seed=data.seed)
-    held_out = 0
-    if data.eval_fraction > 0:
-        held_out = min(max(1, round(data.eval_fraction * len(documents))), len(documents) - 1)
-    eval_blocks, train_blocks = (
-        pack(documents.select(rows), tokenizer, data.block_size, masked=data.task == "masked-lm")
-        for rows in (range(held_out), range(held_out, len(documents)))
+    parts = split(documents, data.eval_fraction, data.seed)
+    train_blocks, eval_blocks = (
+        pack(part, tokenizer, data.block_size, masked=data.task == "masked-lm") for part in parts
     )
     if len(train_blocks) == 0:
         raise CommandError(
-            f"the dataset's {len(documents) - held_out} training documents do not fill one block "
+            f"the dataset's {len(parts[0])} training documents do not fill one block "
             f"of {data.block_size} tokens: lower --block-size"
         )
     if data.eval_fraction > 0 and len(eval_blocks) == 0:
         print(
-            f"kdfast: the {held_out} held-out documents do not fill one block of "
+            f"kdfast: the {len(parts[1])} held-out documents do not fill one block of "
             f"{data.block_size} tokens: no evaluation",
             file=sys.stderr,
         )

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from kdfast.cli.errors import CommandError
 
-TASKS = ("causal-lm", "masked-lm")
+LANGUAGE_TASKS = ("causal-lm", "masked-lm")
+TASKS = (*LANGUAGE_TASKS, "sequence-classification", "token-classification", "question-answering")
 MAX_DEFAULT_BLOCK = 512
+DEFAULT_SEED = 42
 
 # A parser's or a group's add_argument.
 AddArgument = Callable[..., argparse.Action]
@@ -41,14 +44,21 @@ def bounded(
     return parse
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are `CommandError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message} (see {self.prog} --help)")
+
+
 def add_teacher(add: AddArgument, **options: object) -> None:
     add("--teacher", type=Path, metavar="PATH", help="a checkpoint with its tokenizer", **options)
 
 
-def add_dataset(add: AddArgument) -> None:
+def add_dataset(add: AddArgument, *, required: bool = True) -> None:
     add(
         "--dataset",
-        required=True,
+        required=required,
         type=Path,
         nargs="+",
         metavar="FILE",
@@ -56,13 +66,13 @@ def add_dataset(add: AddArgument) -> None:
     )
 
 
-def add_output(add: AddArgument, text: str) -> None:
-    add("--output", required=True, type=Path, metavar="DIR", help=text)
+def add_output(add: AddArgument, text: str, *, required: bool = True) -> None:
+    add("--output", required=required, type=Path, metavar="DIR", help=text)
 
 
-def add_data_options(add: AddArgument) -> None:
+def add_data_options(add: AddArgument, tasks: tuple[str, ...] = LANGUAGE_TASKS) -> None:
     add("--text-column", metavar="NAME", help="the column with the text (default: text)")
-    add("--task", choices=TASKS, help="default: what the teacher is")
+    add("--task", choices=tasks, help="default: what the teacher is")
     add(
         "--block-size",
         type=bounded(int, 2),
@@ -83,8 +93,9 @@ def add_data_options(add: AddArgument) -> None:
     )
 
 
-def add_seed(add: AddArgument) -> None:
-    add("--seed", type=bounded(int, 0), default=42, metavar="N", help="default: 42")
+def add_seed(add: AddArgument, default: int | None = DEFAULT_SEED) -> None:
+    text = f"default: {DEFAULT_SEED}"
+    add("--seed", type=bounded(int, 0), default=default, metavar="N", help=text)
 
 
 def add_device(add: AddArgument) -> None:

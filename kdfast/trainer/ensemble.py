@@ -23,7 +23,9 @@ class Ensemble(nn.Module):
     """A teacher whose distribution is Σ w_i · softmax(z_i / T) over its members' logits z_i.
 
     Hinton, Vinyals and Dean 2015, section 3. Its logits are T · log of that, so that every loss of
-    logits at temperature T sees the mean. `DistillationTrainer` sets T to its objective's.
+    logits at temperature T sees the mean, plus Σ w_i · T · log Σ exp(z_i / T) in every column,
+    which no softmax sees. So one member's logits are its own, and those of a regression are the
+    members' mean. `DistillationTrainer` sets T to its objective's.
 
     Members may differ in everything but the meaning of their columns. Each gets the inputs that its
     forward names.
@@ -31,7 +33,7 @@ class Ensemble(nn.Module):
     Args:
         members: the teachers. A callable is called when its turn comes in each forward pass, and
             what it made is let go of afterwards: of callables alone, one teacher is in memory at a
-            time.
+            time. It is also called once now, to see the inputs of what it makes.
         weights: of the members, above 0; they are divided by their sum. None takes the mean.
         vocab_size: the columns that exist, where members have others behind them as padding.
         offload: leave the members on the CPU, and move each to the inputs' device for its turn: one
@@ -54,11 +56,14 @@ class Ensemble(nn.Module):
         offload: bool = False,
     ) -> None:
         super().__init__()
+        members = list(members)
         if not members:
             raise ValueError("members must hold a teacher, got none")
         for member in members:
             if not callable(member):
                 raise TypeError(f"members must be models or callables, got {type(member).__name__}")
+            if isinstance(member, Ensemble):
+                raise ValueError("members must not be ensembles: give theirs, with weights")
         weights = [1.0] * len(members) if weights is None else list(weights)
         if len(weights) != len(members):
             raise ValueError(
@@ -72,33 +77,40 @@ class Ensemble(nn.Module):
         self.weights = tuple(weight / sum(weights) for weight in weights)
         self.offload = offload
         self.temperature = 1.0
-        self._members = list(members)
+        self.members = members
         models = [member for member in members if isinstance(member, nn.Module)]
         for model in models:
             model.eval().requires_grad_(False)
         # As submodules they move with the ensemble, which the others must not.
         self.models = nn.ModuleList([] if offload else models)
-        self.input_names = set().union(*map(forward_names, models))
+        self.input_names: set[str] = set()
+        for member in members:
+            with self._present(member, None) as model:
+                self.input_names |= forward_names(model)
+            # The next one is made without it.
+            del model
 
     def forward(self, **inputs: object) -> dict[str, Tensor]:
         """The ensemble's logits, `{"logits": [..., C]}`; every member takes what it names."""
-        mean = None
-        for member, weight in zip(self._members, self.weights, strict=True):
+        mean = level = None
+        for member, weight in zip(self.members, self.weights, strict=True):
             logits = self._logits(member, inputs)
             if mean is None:
                 # As wide as the losses take them.
                 wide = torch.promote_types(logits.dtype, torch.float32)
                 mean = logits.new_full(logits.shape, -math.inf, dtype=wide)
+                level = logits.new_zeros((*logits.shape[:-1], 1), dtype=wide)
             elif logits.shape != mean.shape:
                 raise ValueError(
                     f"members must have logits of one shape, got {tuple(mean.shape)} and "
                     f"{tuple(logits.shape)}: of vocabularies with padding, pass vocab_size"
                 )
-            self._add(mean, logits, weight)
-        return {"logits": mean.mul_(self.temperature)}
+            self._add(mean, level, logits, weight)
+        return {"logits": mean.add_(level).mul_(self.temperature)}
 
     def _logits(self, member: Member, inputs: dict[str, object]) -> Tensor:
-        with self._present(member, inputs) as model:
+        device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
+        with self._present(member, device) as model:
             names = forward_names(model)
             taken = {name: value for name, value in inputs.items() if name in names}
             if "use_cache" in names:
@@ -106,26 +118,34 @@ class Ensemble(nn.Module):
             return logits_of(model(**taken))[..., : self.vocab_size]
 
     @contextmanager
-    def _present(self, member: Member, inputs: dict[str, object]) -> Iterator[nn.Module]:
-        """A member as a frozen model on the inputs' device, for its turn."""
-        model = member if isinstance(member, nn.Module) else member().eval()
-        if not self.offload and model is member:
-            yield model
-            return
-        home = next(model.parameters()).device
-        try:
-            yield model.to(next(v.device for v in inputs.values() if isinstance(v, Tensor)))
-        finally:
-            if model is member:
-                model.to(home)
+    def _present(self, member: Member, device: torch.device | None) -> Iterator[nn.Module]:
+        """A member as a model for its turn; on `device`, where it does not move with the rest."""
+        if not isinstance(member, nn.Module):
+            model = member()
+            if not isinstance(model, nn.Module):
+                raise TypeError(
+                    f"a member that is a callable must make a model, got {type(model).__name__}"
+                )
+            yield model.eval().to(device)
+        elif self.offload and device is not None:
+            home = next(member.parameters()).device
+            try:
+                yield member.to(device)
+            finally:
+                member.to(home)
+        else:
+            yield member
 
-    def _add(self, mean: Tensor, logits: Tensor, weight: float) -> None:
-        """log(e^mean + weight · softmax(logits / T)), in place, some rows at a time."""
-        mean, logits = mean.flatten(0, -2), logits.flatten(0, -2)
+    def _add(self, mean: Tensor, level: Tensor, logits: Tensor, weight: float) -> None:
+        """log(e^mean + weight · softmax(logits / T)) and its level, in place, a few rows a time."""
+        mean, level, logits = mean.flatten(0, -2), level.flatten(0, -2), logits.flatten(0, -2)
         rows = max(1, CHUNK_BYTES // (mean.shape[-1] * mean.element_size()))
-        for part, chunk in zip(mean.split(rows), logits.split(rows), strict=True):
-            log_probs = torch.log_softmax(chunk.to(mean.dtype) / self.temperature, -1)
-            torch.logaddexp(part, log_probs.add_(math.log(weight)), out=part)
+        parts = zip(mean.split(rows), level.split(rows), logits.split(rows), strict=True)
+        for part, part_level, chunk in parts:
+            scaled = chunk.to(mean.dtype) / self.temperature
+            lse = scaled.logsumexp(-1, keepdim=True)
+            part_level.add_(lse, alpha=weight)
+            torch.logaddexp(part, scaled.sub_(lse).add_(math.log(weight)), out=part)
 
 
 def forward_names(model: nn.Module) -> set[str]:

@@ -1,7 +1,7 @@
 """What a student is trained towards: a weighted list of terms."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from types import UnionType
 
@@ -160,7 +160,8 @@ class LogitMSE:
     """Mean squared error between the models' logits, over the columns that both have.
 
     Tang et al. 2019, "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks".
-    Of language models it takes the labelled tokens, and needs the logits.
+    Where there are labels, rows and tokens labelled −100 count for nothing; of language models it
+    needs labels, and builds the logits.
 
     Raises:
         TypeError, ValueError: `weight` is not a number, or below 0.
@@ -233,6 +234,46 @@ class Objective:
             raise ValueError("terms must hold one of Logits and TruncatedLogits, got both")
         if not any(term.weight > 0 for term in self.terms):
             raise ValueError("terms must hold one of a weight above 0")
+
+    @classmethod
+    def from_config(cls, config: Sequence[Mapping[str, Mapping[str, object]]]) -> "Objective":
+        """The objective that a configuration file spells out: the inverse of `to_config`.
+
+        Args:
+            config: a term each, as `{name of its class: {setting: value}}`.
+
+        Raises:
+            TypeError, ValueError: no such list, or a term or a setting that does not exist, and
+                what the terms themselves raise.
+
+        Example:
+            >>> Objective.from_config([{"Logits": {"temperature": 4.0}}, {"HardLabels": {}}])
+        """
+        if isinstance(config, str | Mapping) or not isinstance(config, Sequence):
+            raise TypeError(f"objective must be a list of terms, got {type(config).__name__}")
+        kinds = {kind.__name__: kind for kind in KINDS}
+        terms = []
+        for entry in config:
+            if not isinstance(entry, Mapping) or len(entry) != 1:
+                raise TypeError(
+                    f"objective must hold terms as {{name: {{setting: value}}}}, got {entry!r}"
+                )
+            ((name, settings),) = entry.items()
+            if name not in kinds:
+                names = ", ".join(kinds)
+                raise ValueError(f"there is no term {name!r}: choose from {names}")
+            settings = {} if settings is None else settings
+            known = [field.name for field in fields(kinds[name])]
+            for setting in settings:
+                if setting not in known:
+                    names = ", ".join(known)
+                    raise ValueError(f"{name} has no setting {setting!r}: it has {names}")
+            terms.append(kinds[name](**settings))
+        return cls(terms)
+
+    def to_config(self) -> list[dict[str, dict[str, object]]]:
+        """The terms with all their settings, as plain data."""
+        return [{type(term).__name__: asdict(term)} for term in self.terms]
 
     def needs_labels(self, *, per_token: bool) -> bool:
         """Whether a batch without labels is an error, of models with logits per token or not."""
@@ -495,8 +536,13 @@ def _logit_mse(
     num_items: float | Tensor | None,
     vocab_size: int | None,
 ) -> Tensor:
-    counted = labels != IGNORE_INDEX if student.dim() > 2 else None
     student, teacher = student[..., :vocab_size], teacher[..., :vocab_size]
+    if labels is None or labels.is_floating_point():
+        # The values of a regression, all of which count; of several for a row each is an item.
+        counted, values = None, 1 if labels is None else labels.numel() / student[..., 0].numel()
+    else:
+        counted, values = labels != IGNORE_INDEX, 1
     if num_items is None:
         return hidden_mse(student, teacher, mask=counted)
-    return hidden_mse(student, teacher, mask=counted, reduction="sum") / num_items
+    loss = hidden_mse(student, teacher, mask=counted, reduction="sum")
+    return values * loss / torch.as_tensor(num_items).clamp_min(1)

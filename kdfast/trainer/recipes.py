@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from transformers import BertConfig, DistilBertConfig, PreTrainedConfig
 
 from kdfast.ops.arguments import check_number
@@ -27,6 +28,9 @@ class Recipe:
         student_config: the student, where the source prescribes one.
         training_arguments: defaults for `transformers.TrainingArguments`, where the source
             prescribes them.
+        optimizer: `optimizer_cls_and_kwargs` of the trainer, where the source has one that
+            `TrainingArguments.optim` does not name. Its learning rate stands in
+            `training_arguments` too.
         initialise: whether the student begins with layers of the teacher
             (`kdfast.trainer.initialise_from_teacher`).
     """
@@ -34,6 +38,7 @@ class Recipe:
     objective: Objective
     student_config: PreTrainedConfig | None = None
     training_arguments: dict[str, object] = field(default_factory=dict)
+    optimizer: tuple[type[torch.optim.Optimizer], dict[str, object]] | None = None
     initialise: bool = False
 
 
@@ -125,9 +130,10 @@ def distilbert(
 
         alpha_ce · T² · KL(teacher ‖ student) + alpha_mlm · cross entropy + alpha_cos · (1 − cos)
 
-    with the KL at temperature T, over all tokens that are no padding or, restricted, over the masked
-    ones; the cross entropy over the masked ones; and the cosine over all. The student is the
-    teacher with half of its layers, whose weights it begins with: 0, 2, 4, 7, 9 and 11 of 12.
+    with the KL at temperature T, over all tokens that are no padding or, restricted, over the
+    masked ones; the cross entropy over the masked ones; and the cosine over all. The student is the
+    teacher with half of its layers, whose weights it begins with: 0, 2, 4, 7, 9 and 11 of 12. A
+    GPT-2 learns in the same way, every token in the masked ones' place.
 
     Args:
         temperature: T, above 0.
@@ -157,6 +163,8 @@ def distilbert(
             "gradient_accumulation_steps": 50,
             "num_train_epochs": 3,
             "warmup_steps": 0.05,
+            "adam_beta2": 0.98,
+            "adam_epsilon": 1e-6,
             "max_grad_norm": 5.0,
         },
         initialise=True,
@@ -182,28 +190,35 @@ def tinybert_general() -> Recipe:
     """
     return Recipe(
         _tinybert(),
-        TINYBERT_4,
-        {"learning_rate": 1e-4, "num_train_epochs": 3, "warmup_ratio": 0.1, "weight_decay": 0.01},
+        _tinybert_4(),
+        {
+            "learning_rate": 5e-5,
+            "per_device_train_batch_size": 256,
+            "num_train_epochs": 3,
+            "warmup_steps": 0.1,
+            **TINYBERT_OPTIMIZER,
+        },
     )
 
 
 def tinybert_intermediate() -> Recipe:
-    """The same as `tinybert_general`, between a fine-tuned teacher and its student, on a task's text.
+    """The same as `tinybert_general`, with a fine-tuned teacher, on a task's text.
 
-    The first of the two steps of task-specific distillation (`task_distill.py`), on augmented data.
+    The first of the two steps of task-specific distillation (`task_distill.py`), on augmented data,
+    with a constant learning rate. The student is the one that `tinybert_general` made.
 
     Example:
         >>> objective = tinybert_intermediate().objective
     """
     return Recipe(
         _tinybert(),
-        TINYBERT_4,
+        _tinybert_4(),
         {
             "learning_rate": 5e-5,
+            "lr_scheduler_type": "constant",
             "per_device_train_batch_size": 32,
             "num_train_epochs": 10,
-            "warmup_ratio": 0.1,
-            "weight_decay": 0.01,
+            **TINYBERT_OPTIMIZER,
         },
     )
 
@@ -227,20 +242,25 @@ def tinybert_prediction(temperature: float = 1.0) -> Recipe:
     """
     return Recipe(
         Objective([Logits(1.0, temperature, scale_t2=False, per_class=True)]),
-        TINYBERT_4,
+        _tinybert_4(),
         {
             "learning_rate": 3e-5,
             "per_device_train_batch_size": 32,
             "num_train_epochs": 3,
-            "warmup_ratio": 0.1,
-            "weight_decay": 0.01,
+            "warmup_steps": 0.1,
+            **TINYBERT_OPTIMIZER,
         },
     )
 
 
-TINYBERT_4 = BertConfig(
-    hidden_size=312, num_hidden_layers=4, num_attention_heads=12, intermediate_size=1200
-)
+# Of the source's BertAdam, as far as AdamW has it.
+TINYBERT_OPTIMIZER = {"weight_decay": 0.01, "adam_epsilon": 1e-6}
+
+
+def _tinybert_4() -> BertConfig:
+    return BertConfig(
+        hidden_size=312, num_hidden_layers=4, num_attention_heads=12, intermediate_size=1200
+    )
 
 
 def _tinybert() -> Objective:
@@ -260,8 +280,11 @@ def bilstm(distill_weight: float = 1.0, ce_weight: float = 0.0) -> Recipe:
 
         distill_weight · MSE(logits) + ce_weight · cross entropy
 
+    The paper's students learn from the logits alone. Its code (`distill_birnn.py` of
+    castorini/d-bert) has 1 for both weights.
+
     Args:
-        distill_weight, ce_weight: the weights. The paper's α is the share of the cross entropy.
+        distill_weight, ce_weight: the weights, 0 or above, one of them above 0.
 
     Raises:
         TypeError, ValueError: naming the setting, what came and what was expected.
@@ -269,11 +292,34 @@ def bilstm(distill_weight: float = 1.0, ce_weight: float = 0.0) -> Recipe:
     Example:
         >>> recipe = bilstm()
         >>> student = BiLSTMForSequenceClassification(recipe.student_config)
+        >>> trainer = DistillationTrainer(
+        ...     student,
+        ...     TrainingArguments("out", **recipe.training_arguments),
+        ...     optimizer_cls_and_kwargs=recipe.optimizer,
+        ...     teacher=teacher,
+        ...     objective=recipe.objective,
+        ...     train_dataset=sentences,
+        ... )
     """
+    check_number("distill_weight", distill_weight, 0)
+    check_number("ce_weight", ce_weight, 0)
     terms = [LogitMSE(distill_weight)]
     if ce_weight > 0:
         terms.append(HardLabels(ce_weight))
-    return Recipe(Objective(terms), BiLSTMConfig(embeddings="multichannel"))
+    rate = 1.0
+    return Recipe(
+        Objective(terms),
+        BiLSTMConfig(embeddings="multichannel"),
+        {
+            "learning_rate": rate,
+            "lr_scheduler_type": "constant",
+            "per_device_train_batch_size": 50,
+            "num_train_epochs": 30,
+            # The source's, which clips nothing; the trainer's own default would.
+            "max_grad_norm": 30000.0,
+        },
+        optimizer=(torch.optim.Adadelta, {"lr": rate, "rho": 0.95}),
+    )
 
 
 def _with_hard_labels(soft: Term, alpha: float) -> Objective:

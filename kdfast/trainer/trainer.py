@@ -3,20 +3,23 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from kdfast.teacher_cache import TeacherCache
 from kdfast.trainer.cached import SAMPLE, CachedCollator, attach, fitted, pop_rows
+from kdfast.trainer.checkpoints import WholeCheckpoints
 from kdfast.trainer.ensemble import Ensemble, forward_names
 from kdfast.trainer.features import FeatureLoss, without_adapter
 from kdfast.trainer.objective import Objective
 from kdfast.trainer.outputs import pop_labels
+from kdfast.trainer.projections import Projections
 from kdfast.trainer.recipes import hinton
 from kdfast.trainer.step import Batch, Share, Step
 from kdfast.trainer.vocabulary import check_same_vocabulary
@@ -24,7 +27,7 @@ from kdfast.trainer.vocabulary import check_same_vocabulary
 logger = logging.get_logger(__name__)
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(WholeCheckpoints):
     """Trains a student towards a teacher's outputs; everything else is `transformers.Trainer`.
 
     Causal and masked language models and classifiers work: whatever takes `labels` and returns
@@ -111,7 +114,7 @@ class DistillationTrainer(Trainer):
             got = "neither" if teacher is None else "both"
             raise ValueError(f"exactly one of teacher and teacher_cache must be given, got {got}")
         if isinstance(teacher, Sequence):
-            teacher = Ensemble(teacher)
+            teacher = Ensemble(teacher, vocab_size=vocab_size)
         super().__init__(*args, **kwargs)
         self._check_loss_is_ours(teacher)
         if teacher_tokenizer is not None and self.processing_class is not None:
@@ -167,7 +170,8 @@ class DistillationTrainer(Trainer):
         self._eval_terms: list[Tensor] = []
 
     def _check_loss_is_ours(self, teacher: nn.Module) -> None:
-        if teacher is self.model:
+        teachers = teacher.members if isinstance(teacher, Ensemble) else [teacher]
+        if any(one is self.model for one in teachers):
             raise ValueError(
                 "teacher and student must be two models, got one: the teacher is frozen"
             )
@@ -201,10 +205,10 @@ class DistillationTrainer(Trainer):
                 "torch_compile hides the student's inside, at which the objective looks"
             )
         self._features = FeatureLoss(self.objective.features, self.model, self.teacher)
-        if self._has_projections:
+        if self.projections is not None:
             parameter = next(self.model.parameters())
             # A submodule, for whatever optimises or wraps the student's parameters.
-            self.model.distillation_projections = self._features.projections.to(
+            self.model.distillation_projections = self.projections.to(
                 parameter.device, parameter.dtype
             )
 
@@ -349,20 +353,29 @@ class DistillationTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        if self._has_projections:
-            directory = self.args.output_dir if output_dir is None else output_dir
-            self._features.projections.save(directory, write=self.args.should_save)
+        if self.projections is not None:
+            directory = Path(self.args.output_dir if output_dir is None else output_dir)
+            with self._saving(directory, directory):
+                self.projections.save(directory, write=self.args.should_save)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._has_projections:
-            self._features.projections.load(resume_from_checkpoint)
+        if self.projections is not None:
+            self.projections.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.projections is not None:
+            self.projections.load(self.state.best_model_checkpoint)
 
     @property
-    def _has_projections(self) -> bool:
-        return self._features is not None and len(self._features.projections) > 0
+    def projections(self) -> Projections | None:
+        """What the objective learns beside the student; `load` takes another training's."""
+        if self._features is None or len(self._features.projections) == 0:
+            return None
+        return self._features.projections
 
     def _set_signature_columns_if_needed(self) -> None:
         # Trainer drops dataset columns that the student does not name; the teacher may need them.

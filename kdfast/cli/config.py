@@ -1,0 +1,184 @@
+"""Configuration files: the flags of `kdfast distill` by name, and what flags cannot say.
+
+    recipe: hinton
+    temperature: 4.0
+    teacher: models/teacher
+    student: models/student.json
+    dataset: [corpus.txt]
+    output: runs/hinton
+    training: {warmup_steps: 100, weight_decay: 0.01}
+
+A key is a flag without its dashes and goes through the flag's own checks. Mappings and lists of
+mappings are for files alone, or for `--set`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+
+import yaml
+
+from kdfast.cli.errors import CommandError
+
+# What a file may hold besides flags: settings of the recipe, an objective in a recipe's place,
+# arguments of transformers.TrainingArguments, runs behind each other, and what a resolved file says
+# of its origin.
+SECTIONS = ("settings", "objective", "training", "stages", "versions")
+
+# Next to a student, the configuration that made it.
+FILE = "kdfast.yaml"
+
+
+def stages_of(
+    given: argparse.Namespace, flags: argparse.ArgumentParser
+) -> list[argparse.Namespace]:
+    """The runs that a command line asks for, each with all flags and sections as attributes.
+
+    Args:
+        given: what stood on the command line; it wins over the file.
+        flags: the parser of the flags alone, all of which default to None or False.
+    """
+    config = {} if given.config is None else _read(given.config)
+    stages = config.pop("stages", None)
+    if stages is None:
+        return [_merged(config, given, flags)]
+    if not isinstance(stages, list) or not all(isinstance(s, dict) for s in stages) or not stages:
+        raise CommandError(f"{given.config}: stages must be a list of mappings")
+    return _chained(config, stages, given, flags)
+
+
+def _chained(
+    config: dict, stages: list[dict], given: argparse.Namespace, flags: argparse.ArgumentParser
+) -> list[argparse.Namespace]:
+    """Each stage in a folder of its own, and its student where the next one begins."""
+    runs, names = [], []
+    for number, stage in enumerate(stages, 1):
+        name = str(stage.pop("name", None) or stage.get("recipe") or f"stage-{number}")
+        if name in names:
+            raise CommandError(f"{given.config}: two stages are called {name!r}: give them names")
+        names.append(name)
+        own_output = stage.pop("output", None)
+        own = {
+            key: {**config.get(key, {}), **value}
+            for key, value in stage.items()
+            if key in ("settings", "training") and isinstance(value, dict)
+        }
+        base = dict(config)
+        if {"recipe", "objective"} & stage.keys():
+            base = {k: v for k, v in base.items() if k not in ("recipe", "objective")}
+        run = _merged({**base, **stage, **own}, given, flags, f"stage {name}: ")
+        if run.output is None:
+            raise CommandError("--output is required: where the stages' folders go")
+        run.output = Path(own_output) if own_output else run.output / name
+        if runs and "student" not in stage:
+            run.student = runs[-1].output
+        run.follows = runs[-1].output if runs and run.student == runs[-1].output else None
+        run.name = name
+        runs.append(run)
+    return runs
+
+
+def _read(path: Path) -> dict:
+    if not path.is_file():
+        raise CommandError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise CommandError(f"{path} is no YAML: {reason}") from error
+    if not isinstance(config, dict):
+        raise CommandError(f"{path} must hold a mapping, as in 'recipe: hinton'")
+    return config
+
+
+def _merged(
+    config: dict, given: argparse.Namespace, flags: argparse.ArgumentParser, where: str = ""
+) -> argparse.Namespace:
+    """A file's keys under the command line's flags."""
+    where = f"{given.config}: {where}" if given.config else where
+    config = dict(config)
+    sections = {name: config.pop(name, None) for name in SECTIONS}
+    # A student that is spelt out.
+    inline = config.pop("student") if isinstance(config.get("student"), Mapping) else None
+    try:
+        merged = flags.parse_args(_as_flags(config, flags))
+    except CommandError as error:
+        raise CommandError(f"{where}{error}") from error
+    for name, value in vars(given).items():
+        if hasattr(merged, name) and value is not None and value is not False:
+            setattr(merged, name, value)
+    if merged.student is None:
+        merged.student = inline
+    for name in ("settings", "training"):
+        section = {} if sections[name] is None else sections[name]
+        if not isinstance(section, dict):
+            raise CommandError(f"{where}{name} must be a mapping")
+        setattr(merged, name, dict(section))
+    merged.objective = sections["objective"]
+    for assignment in given.set or ():
+        _assign(merged, assignment)
+    if merged.recipe and merged.objective:
+        raise CommandError(f"{where}recipe and objective exclude each other")
+    merged.follows = None
+    merged.name = None
+    return merged
+
+
+def _as_flags(config: dict, flags: argparse.ArgumentParser) -> list[str]:
+    actions = {action.dest: action for action in flags._actions if action.option_strings}
+    argv = []
+    for key, value in config.items():
+        action = actions.get(key)
+        if action is None:
+            near = difflib.get_close_matches(str(key), [*actions, *SECTIONS], 1)
+            advice = f": did you mean {near[0]}?" if near else ""
+            raise CommandError(f"there is no setting {key!r}{advice}")
+        if value is None or value is False:
+            continue
+        if isinstance(value, Mapping):
+            raise CommandError(f"{key} must be a value, got a mapping")
+        values = value if isinstance(value, list) else [value]
+        if value is True:
+            values = []
+        argv += [action.option_strings[0], *map(str, values)]
+    return argv
+
+
+def _assign(merged: argparse.Namespace, assignment: str) -> None:
+    """`--set training.warmup_steps=100`"""
+    path, equals, text = assignment.partition("=")
+    section, dot, name = path.partition(".")
+    if not (equals and dot and name) or section not in ("settings", "training"):
+        raise CommandError(
+            f"--set {assignment}: must be training.NAME=VALUE or settings.NAME=VALUE"
+        )
+    getattr(merged, section)[name] = yaml.safe_load(text)
+
+
+def text_of(settings: Mapping[str, object]) -> str:
+    """A configuration as the text of a file."""
+    return yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    # Versions of torch are a kind of str that YAML does not know.
+    return str(value) if isinstance(value, Path | str) else value
+
+
+def write(directory: Path, name: str, text: str) -> None:
+    """A file that is whole or not there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / f"{name}.partial"
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, directory / name)
