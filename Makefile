@@ -22,7 +22,7 @@ demo: $(VENV)/installed
 # The Triton interpreter is chosen when a process first imports a kernel, so its tests have a process of their own.
 test: $(VENV)/installed
 	$(BIN)/pytest tests
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_triton.py tests/test_triton_topk.py
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_triton.py tests/test_triton_topk.py tests/test_triton_attention_mse.py tests/test_triton_hidden.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -207,6 +207,39 @@ def _linear_topk_kd_loss_details(entry: Measurement) -> list[str]:
     ]
 
 
+def _attention_mse_summary(members: list[Measurement]) -> list[str]:
+    fused, eager = _of(members, "kdfast"), _fastest(members, "eager")
+    return [
+        *(_family_cell(members, family) for family in ("eager", "compile")),
+        *(_family_cell(members, family) for family in ("tinybert", "textbrewer")),
+        f"{_mebibytes(fused, gradients=False)} / {_mebibytes(eager, gradients=False)} MiB",
+    ]
+
+
+def _hidden_summary(members: list[Measurement]) -> list[str]:
+    fused, eager = _of(members, "kdfast"), _fastest(members, "eager")
+    return [
+        *(_family_cell(members, family) for family in ("eager", "compile", "textbrewer")),
+        f"{fused['bytes_per_second'] / 1e9:.1f} GB/s",
+        f"{fused['share_of_copy']:.0%}",
+        f"{_mebibytes(fused, gradients=False)} / {_mebibytes(eager, gradients=False)} MiB",
+    ]
+
+
+def _hidden_mse_summary(members: list[Measurement]) -> list[str]:
+    ceiling = _fastest([entry for entry in members if _is_ceiling(entry)], "bare products float32")
+    ceiling = ceiling or _of(members, "bare products")
+    return [_cell(ceiling, decimals=2), *_hidden_summary(members)]
+
+
+def _hidden_details(entry: Measurement) -> list[str]:
+    return [
+        f"{entry['bytes_per_second'] / 1e9:.1f}",
+        f"{entry['share_of_copy']:.0%}",
+        _mebibytes(entry, gradients=False),
+    ]
+
+
 @dataclass(frozen=True)
 class Layout:
     """What an operation's tables show besides times, and who is in them."""
@@ -252,6 +285,29 @@ LAYOUTS = {
         "GFLOP/s | extra MiB",
         _linear_topk_kd_loss_details,
         memory="the peak above the inputs, gradients included",
+    ),
+    "attention_mse": Layout(
+        "eager | torch.compile | TinyBERT | TextBrewer | extra memory, kdfast / eager",
+        _attention_mse_summary,
+        "extra MiB",
+        lambda entry: [_mebibytes(entry, gradients=False)],
+        memory="the peak above the inputs and the gradients",
+    ),
+    "hidden_mse": Layout(
+        "bare products | eager | torch.compile | TextBrewer | kdfast moves | of a copy"
+        " | extra memory, kdfast / eager",
+        _hidden_mse_summary,
+        "GB/s | of a copy | extra MiB",
+        _hidden_details,
+        memory="the peak above the inputs and the gradients",
+    ),
+    "hidden_cosine": Layout(
+        "eager | torch.compile | TextBrewer | kdfast moves | of a copy"
+        " | extra memory, kdfast / eager",
+        _hidden_summary,
+        "GB/s | of a copy | extra MiB",
+        _hidden_details,
+        memory="the peak above the inputs and the gradients",
     ),
 }
 

@@ -7,6 +7,8 @@
 #include <string>
 #include <tuple>
 
+#include "cpu/attention_mse.h"
+#include "cpu/hidden.h"
 #include "cpu/kd_loss.h"
 #include "cpu/linear_topk_kd_loss.h"
 #include "cpu/pages.h"
@@ -20,16 +22,32 @@ namespace {
 using Address = uintptr_t;
 using MatrixTuple = std::tuple<Address, int64_t, int64_t, std::string>;
 using PerRowTuple = std::tuple<Address, int64_t>;
+// Address, strides of samples, heads and tokens, the number of heads, and the dtype.
+using HeadsTuple = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, std::string>;
 
-kdfast::Matrix matrix(const MatrixTuple& tuple) {
+kdfast::DType dtype_of(const std::string& name) {
   static const std::map<std::string, kdfast::DType> dtypes = {
       {"float32", kdfast::DType::kFloat32},
       {"bfloat16", kdfast::DType::kBFloat16},
       {"float16", kdfast::DType::kFloat16},
       {"float64", kdfast::DType::kFloat64},
   };
+  return dtypes.at(name);
+}
+
+kdfast::Matrix matrix(const MatrixTuple& tuple) {
   const auto& [data, outer_stride, inner_stride, dtype] = tuple;
-  return {reinterpret_cast<char*>(data), outer_stride, inner_stride, dtypes.at(dtype)};
+  return {reinterpret_cast<char*>(data), outer_stride, inner_stride, dtype_of(dtype)};
+}
+
+kdfast::Heads heads(const HeadsTuple& tuple) {
+  const auto& [data, sample_stride, head_stride, token_stride, count, dtype] = tuple;
+  return {reinterpret_cast<char*>(data),
+          sample_stride,
+          head_stride,
+          token_stride,
+          count,
+          dtype_of(dtype)};
 }
 
 template <class T>
@@ -67,6 +85,45 @@ void kd_loss_rows(const MatrixTuple& student, const MatrixTuple& teacher,
                                       threads};
   py::gil_scoped_release release;
   kdfast::kd_loss_rows(call);
+}
+
+template <class Real>
+kdfast::HiddenRows<Real> hidden_rows(const MatrixTuple& student, const MatrixTuple& teacher,
+                                     const MatrixTuple& gradient, int64_t outer_rows,
+                                     int64_t inner_rows, int64_t width, const PerRowTuple& mask,
+                                     const PerRowTuple& grad_scale, Address losses, int threads) {
+  return {matrix(student),
+          matrix(teacher),
+          matrix(gradient),
+          outer_rows,
+          inner_rows,
+          width,
+          per_row<bool>(mask),
+          per_row<Real>(grad_scale),
+          reinterpret_cast<Real*>(losses),
+          threads};
+}
+
+template <class Real>
+void hidden_mse_rows(const MatrixTuple& student, const MatrixTuple& teacher,
+                     const MatrixTuple& gradient, int64_t outer_rows, int64_t inner_rows,
+                     int64_t width, const PerRowTuple& mask, const PerRowTuple& grad_scale,
+                     Address losses, Address bias, int threads) {
+  const auto call = hidden_rows<Real>(student, teacher, gradient, outer_rows, inner_rows, width,
+                                      mask, grad_scale, losses, threads);
+  py::gil_scoped_release release;
+  kdfast::hidden_mse_rows(call, reinterpret_cast<const Real*>(bias));
+}
+
+template <class Real>
+void hidden_cosine_rows(const MatrixTuple& student, const MatrixTuple& teacher,
+                        const MatrixTuple& gradient, int64_t outer_rows, int64_t inner_rows,
+                        int64_t width, const PerRowTuple& mask, const PerRowTuple& grad_scale,
+                        Address losses, double epsilon, int threads) {
+  const auto call = hidden_rows<Real>(student, teacher, gradient, outer_rows, inner_rows, width,
+                                      mask, grad_scale, losses, threads);
+  py::gil_scoped_release release;
+  kdfast::hidden_cosine_rows(call, epsilon);
 }
 
 template <class Real>
@@ -163,9 +220,49 @@ void entry_weight_gradient(Address gradient, const MatrixTuple& hidden, Address 
   kdfast::entry_weight_gradient(call);
 }
 
+template <class Real>
+void attention_mse(const HeadsTuple& student_query, const HeadsTuple& student_key,
+                   const HeadsTuple& teacher_query, const HeadsTuple& teacher_key,
+                   const HeadsTuple& query_gradient, const HeadsTuple& key_gradient,
+                   Address query_mask, Address key_mask, const PerRowTuple& factor, int64_t samples,
+                   int64_t tokens, int64_t student_width, int64_t teacher_width, double ratio,
+                   bool causal, bool tiled, Address sums, int threads) {
+  const kdfast::AttentionMse<Real> call{heads(student_query),
+                                        heads(student_key),
+                                        heads(teacher_query),
+                                        heads(teacher_key),
+                                        heads(query_gradient),
+                                        heads(key_gradient),
+                                        reinterpret_cast<const bool*>(query_mask),
+                                        reinterpret_cast<const bool*>(key_mask),
+                                        per_row<Real>(factor),
+                                        samples,
+                                        tokens,
+                                        student_width,
+                                        teacher_width,
+                                        static_cast<Real>(ratio),
+                                        causal,
+                                        tiled,
+                                        reinterpret_cast<double*>(sums),
+                                        threads};
+  py::gil_scoped_release release;
+  kdfast::attention_mse(call);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
+  const auto define_attention_mse = [&module](const char* name, auto function) {
+    module.def(name, function, py::kw_only(), py::arg("student_query"), py::arg("student_key"),
+               py::arg("teacher_query"), py::arg("teacher_key"), py::arg("query_gradient"),
+               py::arg("key_gradient"), py::arg("query_mask"), py::arg("key_mask"),
+               py::arg("factor"), py::arg("samples"), py::arg("tokens"), py::arg("student_width"),
+               py::arg("teacher_width"), py::arg("ratio"), py::arg("causal"), py::arg("tiled"),
+               py::arg("sums"), py::arg("threads"));
+  };
+  define_attention_mse("attention_mse_float32", attention_mse<float>);
+  define_attention_mse("attention_mse_float64", attention_mse<double>);
+
   const auto define_kd_loss_rows = [&module](const char* name, auto function) {
     module.def(name, function, py::kw_only(), py::arg("student"), py::arg("teacher"),
                py::arg("gradient"), py::arg("outer_rows"), py::arg("inner_rows"), py::arg("width"),
@@ -221,4 +318,17 @@ PYBIND11_MODULE(_C, module) {
                          entry_weight_gradient<float>);
   define_entry_functions("float64", entry_logits<double>, entry_hidden_gradient<double>,
                          entry_weight_gradient<double>);
+
+  const auto define_hidden_rows = [&module](const std::string& type, auto mse, auto cosine) {
+    const auto define = [&](const std::string& name, auto function, const char* last) {
+      module.def((name + "_" + type).c_str(), function, py::kw_only(), py::arg("student"),
+                 py::arg("teacher"), py::arg("gradient"), py::arg("outer_rows"),
+                 py::arg("inner_rows"), py::arg("width"), py::arg("mask"), py::arg("grad_scale"),
+                 py::arg("losses"), py::arg(last), py::arg("threads"));
+    };
+    define("hidden_mse_rows", mse, "bias");
+    define("hidden_cosine_rows", cosine, "epsilon");
+  };
+  define_hidden_rows("float32", hidden_mse_rows<float>, hidden_cosine_rows<float>);
+  define_hidden_rows("float64", hidden_mse_rows<double>, hidden_cosine_rows<double>);
 }

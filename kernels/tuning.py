@@ -55,6 +55,86 @@ TOPK_KD_LOSS_OF_MANY: Tuning = {
 # A tile of a gathered product: entries times hidden columns, some 128-bit accesses per thread.
 ENTRY_PRODUCTS = {"BLOCK_K": 16, "BLOCK_H": 256, "num_warps": 4}
 
+# Rows of hidden states are short: one warp or four take one, so that many are on their way at once.
+HIDDEN_MSE: Tuning = {
+    2: (
+        (512, {"BLOCK_V": 512, "num_warps": 1, "maxnreg": 64}),
+        (2048, {"BLOCK_V": 1024, "num_warps": 4, "maxnreg": 64}),
+        (float("inf"), {"BLOCK_V": 4096, "num_warps": 8, "maxnreg": 64}),
+    ),
+    4: (
+        (512, {"BLOCK_V": 256, "num_warps": 1, "maxnreg": 64}),
+        (2048, {"BLOCK_V": 512, "num_warps": 4, "maxnreg": 64}),
+        (float("inf"), {"BLOCK_V": 2048, "num_warps": 8, "maxnreg": 64}),
+    ),
+}
+
+# The compiler unrolls its sweeps, which takes registers, and the more the smaller their blocks are.
+HIDDEN_COSINE: Tuning = {
+    2: (
+        (512, {"BLOCK_V": 512, "num_warps": 1, "maxnreg": 80}),
+        (2048, {"BLOCK_V": 1024, "num_warps": 4, "maxnreg": 80}),
+        (float("inf"), {"BLOCK_V": 4096, "num_warps": 8, "maxnreg": 80}),
+    ),
+    4: (
+        (512, {"BLOCK_V": 512, "num_warps": 1, "maxnreg": 80}),
+        (2048, {"BLOCK_V": 512, "num_warps": 4, "maxnreg": 80}),
+        (float("inf"), {"BLOCK_V": 4096, "num_warps": 8, "maxnreg": 80}),
+    ),
+}
+
+# Bytes of an element -> (columns of both heads, padded; launches of Gram matrices, of products with
+# them, of squares of scores, and of all that Gram matrices take in one program), from small to
+# large. float32 must not go to the tensor cores: for capability 10.0, Triton 3.7 takes a product of
+# 64 rows there as TF32, whatever precision it is asked for, so blocks and slabs have fewer.
+ATTENTION_MSE: dict[int, tuple[tuple[float, dict[str, dict[str, int]]], ...]] = {
+    2: (
+        (
+            128,
+            {
+                "grams": {"BLOCK": 64, "SLAB": 64, "num_warps": 8, "num_stages": 2},
+                "products": {"BLOCK": 64, "STEP": 32, "num_warps": 4, "num_stages": 2},
+                "scores": {"BLOCK": 32, "STEP": 32, "num_warps": 4, "num_stages": 2},
+                "fused": {"BLOCK": 32, "STEP": 32, "SLAB": 64, "num_warps": 8, "num_stages": 2},
+            },
+        ),
+        (
+            float("inf"),
+            {
+                "grams": {"BLOCK": 32, "SLAB": 64, "num_warps": 8, "num_stages": 2},
+                "products": {"BLOCK": 64, "STEP": 32, "num_warps": 8, "num_stages": 2},
+                "scores": {"BLOCK": 32, "STEP": 32, "num_warps": 8, "num_stages": 2},
+                "fused": {"BLOCK": 32, "STEP": 32, "SLAB": 32, "num_warps": 8, "num_stages": 2},
+            },
+        ),
+    ),
+    4: (
+        (
+            128,
+            {
+                "grams": {"BLOCK": 16, "SLAB": 32, "num_warps": 8, "num_stages": 2},
+                "products": {"BLOCK": 32, "STEP": 16, "num_warps": 4, "num_stages": 2},
+                "scores": {"BLOCK": 32, "STEP": 16, "num_warps": 8, "num_stages": 2},
+                "fused": {"BLOCK": 16, "STEP": 16, "SLAB": 16, "num_warps": 8, "num_stages": 2},
+            },
+        ),
+        (
+            float("inf"),
+            {
+                "grams": {"BLOCK": 16, "SLAB": 16, "num_warps": 8, "num_stages": 2},
+                "products": {"BLOCK": 32, "STEP": 16, "num_warps": 4, "num_stages": 2},
+                "scores": {"BLOCK": 16, "STEP": 16, "num_warps": 4, "num_stages": 2},
+                "fused": {"BLOCK": 16, "STEP": 16, "SLAB": 16, "num_warps": 8, "num_stages": 2},
+            },
+        ),
+    ),
+}
+
+# One program for the whole sequence of a head pays where there are some for each multiprocessor,
+# and where the rows of all that run stay in L2.
+FEWEST_FUSED_PROGRAMS = 528
+MOST_FUSED_CHUNKS = 4
+
 SCALE_GRADIENT: Tuning = {
     2: (
         (2048, {"BLOCK_V": 1024, "num_warps": 4, "maxnreg": 64}),

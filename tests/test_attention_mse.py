@@ -3,6 +3,7 @@ import inspect
 import pickle
 from functools import partial
 
+import measure
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,24 +13,37 @@ from torch.utils._pytree import tree_leaves
 
 import kdfast
 from kdfast import reference
-from kdfast.ops.attention_mse import _attention_mse_forward
+from kdfast.ops.attention_mse import _attention_mse_forward, _full_precision
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 METHODS = ("gram", "tiled", "auto")
 STUDENT = ("student_query", "student_key")
 
+needs_cpp = pytest.mark.skipif(
+    "cpp" not in kdfast.available_backends(), reason="the C++ extension was not built"
+)
+
+
+@pytest.fixture(params=[name for name in kdfast.available_backends() if name != "triton"])
+def backend(request):
+    with kdfast.backend(request.param):
+        yield request.param
+
 
 @pytest.fixture(params=METHODS)
-def method(request):
+def method(request, backend):
     return request.param
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
-    """Blocks and tiles of a few tokens, so that a short sequence takes many of them."""
+def length_of_blocks(backend, monkeypatch):
+    """Tokens of several blocks and tiles, the last of them smaller."""
+    if backend == "cpp":
+        return 150
     for name in ("TILE", "SPAN", "CAUSAL_SPAN"):
         monkeypatch.setattr(f"kdfast.ops.attention_mse.{name}", 8)
     monkeypatch.setattr("kdfast.ops.attention_mse.BLOCK_BYTES", {"cpu": 1 << 12})
+    return 19
 
 
 def attention(
@@ -148,7 +162,7 @@ def test_reference_gradcheck():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("length", [1, 2, 19, 300])
+@pytest.mark.parametrize("length", [1, 2, 19, 64, 128, 300])
 @pytest.mark.parametrize("causal", [False, True])
 def test_matches_reference(causal, length, dtype, method):
     arguments = attention(length=length, dtype=dtype)
@@ -169,9 +183,10 @@ def test_matches_reference(causal, length, dtype, method):
         ((6, 2), (6, 2)),
     ],
 )
-def test_heads_and_sizes(heads, key_heads, widths, causal, method, small_blocks):
-    arguments = attention(heads=heads, key_heads=key_heads, widths=widths)
-    options = {"causal": causal, "method": method, **masks(2, 19)}
+def test_heads_and_sizes(heads, key_heads, widths, causal, method, length_of_blocks):
+    sizes = {"heads": heads, "key_heads": key_heads, "widths": widths, "length": length_of_blocks}
+    arguments = attention(**sizes)
+    options = {"causal": causal, "method": method, **masks(2, length_of_blocks)}
     if heads[0] != heads[1]:
         options["head_map"] = torch.randn(heads)
     check(arguments, **options)
@@ -180,8 +195,8 @@ def test_heads_and_sizes(heads, key_heads, widths, causal, method, small_blocks)
 @pytest.mark.parametrize("reduction", ["mean", "tinybert", "sum", "none"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [(), ("key_mask",), ("query_mask",), ("key_mask", "query_mask")])
-def test_reductions(masked, causal, reduction, method, small_blocks):
-    arguments, given = attention(batch=3), masks(3, 19)
+def test_reductions(masked, causal, reduction, method, length_of_blocks):
+    arguments, given = attention(3, length_of_blocks), masks(3, length_of_blocks)
     options = {"causal": causal, "reduction": reduction, "method": method}
     options |= {name: given[name] for name in masked}
     incoming = torch.randn(3) if reduction == "none" else torch.tensor(-3.0)
@@ -209,10 +224,11 @@ def test_scales(widths, method):
 @pytest.mark.parametrize("widths", [(2, 2), (2, 3)])
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("method", ["gram", "tiled"])
-def test_gradcheck(method, mapped, widths, causal, small_blocks):
-    sizes = {"length": 9, "heads": (2, 2), "key_heads": (1, 2), "widths": widths}
-    arguments = leaves(attention(**sizes, dtype=torch.float64))
-    options = {"causal": causal, "method": method, "reduction": "none", **masks(2, 9)}
+def test_gradcheck(method, mapped, widths, causal, length_of_blocks):
+    sizes = {"heads": (2, 2), "key_heads": (1, 2), "widths": widths}
+    arguments = leaves(attention(length=length_of_blocks, **sizes, dtype=torch.float64))
+    given = masks(2, length_of_blocks)
+    options = {"causal": causal, "method": method, "reduction": "none", **given}
     options["head_map"] = torch.randn(2, 2) if mapped else None
 
     def loss(query, key):
@@ -258,6 +274,19 @@ def test_no_counted_cell_is_a_loss_of_zero(reduction, method):
     )
     assert (loss == 0).all()
     assert all((gradient == 0).all() for gradient in found.values())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [1023, 1024, 1025, 2100])
+def test_more_tokens_than_float32_adds_up(length, causal, method):
+    arguments = attention(1, length, heads=(2, 2), key_heads=(1, 2))
+    check(arguments, causal=causal, method=method)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("widths", [(40, 40), (33, 100), (130, 64), (256, 256)])
+def test_wide_heads(widths, causal, method):
+    check(attention(1, 140, heads=(2, 2), widths=widths), causal=causal, method=method)
 
 
 @pytest.mark.parametrize("sizes", [{"batch": 0}, {"length": 0}])
@@ -314,7 +343,7 @@ def test_tinybert(method):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("rotated", [False, True], ids=["same basis", "rotated"])
 @pytest.mark.parametrize("epsilon", [1, 1e-1, 1e-2, 1e-3, 1e-4])
-def test_precision_as_the_student_approaches_the_teacher(epsilon, rotated, causal):
+def test_precision_as_the_student_approaches_the_teacher(epsilon, rotated, causal, backend):
     arguments = copied(epsilon, rotated, length=640, batch=1, heads=(2, 2))
     expected = oracle(arguments, causal=causal)
     errors = {}
@@ -335,8 +364,13 @@ def test_precision_as_the_student_approaches_the_teacher(epsilon, rotated, causa
         assert all(loss < 1e-6 and gradient < 2e-6 for loss, gradient in errors.values())
 
 
-def test_auto_starts_over_where_gram_matrices_cancel():
-    arguments = copied(1e-4, rotated=True, length=640, batch=1, heads=(2, 2))
+def test_auto_starts_over_where_gram_matrices_cancel(backend):
+    arguments = copied(1e-4, rotated=True, length=640, batch=3, heads=(2, 2))
+    # One sample of three is far from its teacher.
+    arguments["student_query"][1] = torch.randn_like(arguments["student_query"][1])
+    found = loss_and_gradients(arguments, torch.ones(3), reduction="none")
+    assert_same(found, oracle(arguments, torch.ones(3), reduction="none"), torch.float32)
+    arguments = {name: tensor[:1] for name, tensor in arguments.items()}
     expected = oracle(arguments)
     # Else this would be a test of nothing.
     gram, _ = loss_and_gradients(arguments, method="gram")
@@ -344,7 +378,7 @@ def test_auto_starts_over_where_gram_matrices_cancel():
     assert_same(loss_and_gradients(arguments), expected, torch.float32)
 
 
-def test_never_negative():
+def test_never_negative(backend):
     arguments = copied(0, rotated=True, length=640)
     for method in METHODS:
         for causal in (False, True):
@@ -371,6 +405,33 @@ def test_products_are_of_full_precision(precision, method):
         torch.set_float32_matmul_precision(before)
     assert torch.equal(found[0], expected[0])
     assert all(torch.equal(found[1][name], expected[1][name]) for name in STUDENT)
+
+
+@pytest.fixture
+def rounded_products():
+    """A process whose products are allowed to round, by the setting of all of them."""
+    products = torch.backends.mkldnn.matmul
+    before = torch.backends.fp32_precision, products.fp32_precision
+    products.fp32_precision, torch.backends.fp32_precision = "none", "tf32"
+    yield products
+    torch.backends.fp32_precision, products.fp32_precision = before
+
+
+def test_threads_share_full_precision(rounded_products):
+    device = torch.device("cpu")
+    first, second = _full_precision(device), _full_precision(device)
+    assert rounded_products.fp32_precision == "tf32"
+    first.__enter__()
+    second.__enter__()
+    assert rounded_products.fp32_precision == "ieee"
+    first.__exit__(None, None, None)
+    # The second one still multiplies.
+    assert rounded_products.fp32_precision == "ieee"
+    second.__exit__(None, None, None)
+    assert rounded_products.fp32_precision == "tf32"
+    # It was the setting of all products, and still is.
+    torch.backends.fp32_precision = "ieee"
+    assert rounded_products.fp32_precision == "ieee"
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
@@ -412,6 +473,7 @@ class NoTensorOf(TorchDispatchMode):
 
 
 def test_the_guard_against_maps_sees_one(monkeypatch):
+    monkeypatch.setenv("KDFAST_BACKEND", "torch")
     arguments = attention(batch=1, length=500, heads=(1, 1))
     with NoTensorOf(500**2):
         kdfast.attention_mse(**arguments, method="tiled")
@@ -436,8 +498,30 @@ def test_no_map_is_built(mapped, causal, method, monkeypatch):
         kdfast.attention_mse(**arguments, **options).backward()
 
 
+def peak_bytes(compare, length, **options):
+    """Of a step in which no tensor's rows take as much as a map of scores."""
+    arguments = leaves(attention(batch=1, length=length, heads=(1, 1), widths=(8, 8)))
+
+    def step():
+        compare(**arguments, **options).sum().backward()
+
+    step()
+    return measure.peak_bytes(step)
+
+
+@needs_cpp
 @pytest.mark.parametrize("causal", [False, True])
-def test_long_sequences(causal):
+@pytest.mark.parametrize("method", METHODS)
+def test_no_map_is_built_in_cpp(method, causal):
+    assert peak_bytes(kdfast.attention_mse, 4096, method=method, causal=causal) < 4096**2
+
+
+def test_the_peak_of_memory_sees_a_map():
+    assert peak_bytes(reference.attention_mse_sums, 4096) > 4 * 4096**2
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_long_sequences(causal, backend):
     arguments = leaves(attention(batch=1, length=65536, heads=(1, 1), widths=(4, 6)))
     with NoTensorOf(65536 * 12):
         loss = kdfast.attention_mse(**arguments, causal=causal)
@@ -494,9 +578,9 @@ def test_other_strides(method):
 
 
 def operations(length, method, width, **options):
-    """Of the matrix products of a step."""
+    """Of the matrix products of a step in plain PyTorch."""
     arguments = leaves(attention(1, length, heads=(2, 2), widths=(width, width)))
-    with torch.profiler.profile(with_flops=True) as profile:
+    with kdfast.backend("torch"), torch.profiler.profile(with_flops=True) as profile:
         kdfast.attention_mse(**arguments, method=method, **options).backward()
     products = ("aten::bmm", "aten::baddbmm_")
     return sum(event.flops for event in profile.key_averages() if event.key in products)
@@ -508,6 +592,19 @@ def test_auto_takes_the_cheaper_method():
             auto = operations(length, "auto", 64, causal=causal)
             assert auto == operations(length, cheaper, 64, causal=causal)
             assert auto < operations(length, other, 64, causal=causal)
+
+
+@needs_cpp
+@pytest.mark.parametrize("causal", [False, True])
+def test_auto_takes_the_cheaper_method_in_cpp(causal):
+    for length, cheaper, other in ((100, "tiled", "gram"), (1024, "gram", "tiled")):
+        arguments = attention(1, length, heads=(2, 2), widths=(64, 64))
+        auto, same, different = (
+            loss_and_gradients(arguments, method=method, causal=causal)[1]
+            for method in ("auto", cheaper, other)
+        )
+        assert all(torch.equal(auto[name], same[name]) for name in STUDENT)
+        assert not any(torch.equal(auto[name], different[name]) for name in STUDENT)
 
 
 def test_gram_operations_are_linear():
@@ -524,6 +621,28 @@ def test_same_bits_every_run(method):
         again = loss_and_gradients(arguments, method=method)
         assert torch.equal(again[0], first[0])
         assert all(torch.equal(again[1][name], first[1][name]) for name in STUDENT)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_same_bits_on_any_number_of_threads(method, causal):
+    arguments, found = attention(length=300), []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(loss_and_gradients(arguments, method=method, causal=causal))
+    torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert torch.equal(other[0], found[0][0])
+        assert all(torch.equal(other[1][name], found[0][1][name]) for name in STUDENT)
+
+
+def test_more_threads_than_heads():
+    arguments, threads = attention(batch=1, heads=(1, 1), length=300), torch.get_num_threads()
+    torch.set_num_threads(4)
+    found = loss_and_gradients(arguments)
+    torch.set_num_threads(threads)
+    assert_same(found, oracle(arguments), torch.float32)
 
 
 # With the rest of PyTorch.
@@ -641,15 +760,6 @@ def test_opcheck(reduction):
             (*tensors, given["key_mask"], given["query_mask"], head_map, None, *buffers),
             settings,
         )
-
-
-@pytest.mark.parametrize("name", kdfast.available_backends())
-def test_every_backend_is_the_same_products(name):
-    arguments = attention()
-    expected = loss_and_gradients(arguments)
-    with kdfast.backend(name):
-        found = loss_and_gradients(arguments)
-    assert torch.equal(found[0], expected[0])
 
 
 def test_module_is_the_function():

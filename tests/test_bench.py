@@ -12,11 +12,15 @@ import torch
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("matplotlib")
 
+import attention_mse_peers
+import bench_attention_mse
+import bench_hidden
 import bench_kd_loss
 import bench_linear_kd_loss
 import bench_linear_topk_kd_loss
 import bench_topk_kd_loss
 import bench_truncated_softmax
+import hidden_peers
 import kd_loss_peers
 import linear_kd_loss_peers
 import linear_topk_kd_loss_peers
@@ -306,6 +310,92 @@ def test_every_member_on_a_head_has_the_same_definition_of_a_tail(tail, name, dt
     problem = bench_linear_topk_kd_loss.problem_of(case)
     assert problem.hidden.grad is None
     assert problem.weight.grad is None
+
+
+@pytest.mark.parametrize("variant", [{}, {"causal": True}, {"padded": True}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("teacher_width", [8, 12])
+def test_every_member_compares_the_same_scores(teacher_width, dtype, variant):
+    case = attention_mse_peers.AttentionCase(3, 4, 37, 8, teacher_width, dtype, **variant)
+    found = {}
+    for member in attention_mse_peers.members_of(case):
+        if member.compiled:
+            continue
+        try:
+            trial = bench_attention_mse.trial_of(case, member)
+            trial.reset()
+            trial.step()
+        except peers.Absent:
+            continue
+        found[member.name] = trial.wrong(trial.errors())
+        trial.reset()
+    rounded = [name for name in found if f"{name} float32" in found]
+    assert bool(rounded) == (dtype == "bfloat16")
+    assert all(found.pop(name) for name in rounded)
+    by_hand = "tinybert" if case.padded else "eager"
+    assert {"kdfast", "kdfast gram", "kdfast tiled"} <= {*found}
+    assert any(name.startswith(by_hand) for name in found)
+    assert not any(found.values())
+    problem = bench_attention_mse.problem_of(case)
+    assert problem.student_query.grad is None
+    assert problem.student_key.grad is None
+
+
+def test_suite_on_attention_maps(tmp_path):
+    shown, kept = _measure_and_report(
+        tmp_path,
+        "(kdfast or eager or tinybert or textbrewer) and not compile",
+        "2x3x40x8x12:float32",
+    )
+    assert [*kept] == ["attention_mse"]
+    groups = report.grouped(kept["attention_mse"]["measurements"])
+    shape = "attention_mse 2×3×40×8/12 float32"
+    assert [*groups] == [shape, f"{shape}, causal", f"{shape}, padded"]
+    assert [entry["member"] for entry in groups[shape]][:4] == [
+        "kdfast",
+        "kdfast gram",
+        "kdfast tiled",
+        "eager",
+    ]
+    assert not any(entry["wrong"] for members in groups.values() for entry in members)
+    fused = groups[shape][0]
+    assert fused["gradient_bytes"] == 2 * (2 * 3 * 40 * 8) * 4
+    assert fused["bytes_moved"] == 2 * (2 * 3 * 40) * (8 + 8 + 12) * 4
+    header, _, row, causal = report.summary("attention_mse", groups).splitlines()
+    assert row.count("|") == causal.count("|") == header.count("|")
+    assert "| textbrewer |" in shown or "Absent: textbrewer: " in shown
+    text = (tmp_path / "README.md").read_text()
+    assert f"<!-- attention_mse:begin -->\n{header}\n" in text
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("operation", "width"), [("hidden_mse", 24), ("hidden_mse", 40), ("hidden_cosine", 40)]
+)
+def test_every_member_between_hidden_states_has_the_same_definition(
+    operation, width, dtype, masked
+):
+    case = hidden_peers.HiddenCase(operation, 200, width, 40, dtype, masked=masked)
+    found = {}
+    for member in hidden_peers.members_of(case):
+        if member.compiled:
+            continue
+        try:
+            trial = bench_hidden.trial_of(case, member)
+            trial.reset()
+            trial.step()
+        except peers.Absent:
+            continue
+        found[member.name] = trial.wrong(trial.errors())
+        trial.reset()
+    # Who computes in half precision rounds the loss.
+    half = {name for name in found if name in ("eager", "textbrewer")} if dtype != "float32" else {}
+    assert all("loss" in found.pop(name) for name in half)
+    assert "eager float32" in found or dtype == "float32"
+    assert ("bare products" in found) == (width == 24)
+    assert "kdfast" in found
+    assert not any(found.values())
 
 
 def test_a_loss_without_a_number_is_wrong():

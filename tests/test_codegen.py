@@ -18,7 +18,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 from kdfast.kernels import tuning
+from kdfast.kernels.attention_mse import attention_mse_sums
 from kdfast.kernels.gradient import scale_gradient_
+from kdfast.kernels.hidden import hidden_cosine_rows, hidden_mse_rows
 from kdfast.kernels.kd_loss import kd_loss_rows
 from kdfast.kernels.linear_topk_kd_loss import (
     entry_hidden_gradient,
@@ -60,7 +62,7 @@ class Device:
 
 
 @pytest.fixture
-def compiled(monkeypatch):
+def compiled_all(monkeypatch):
     """Run a launcher; what it would have launched comes back, compiled for a capability."""
     kernels = []
     run = JITFunction.run
@@ -69,10 +71,22 @@ def compiled(monkeypatch):
         kernels.append(run(self, *args, warmup=True, **kwargs))
 
     def compile_for(capability, launcher, *args, **kwargs):
+        kernels.clear()
         monkeypatch.setattr(triton.runtime.driver, "_active", Device(capability))
         monkeypatch.setattr(JITFunction, "run", compile_only)
         launcher(*args, **kwargs)
-        return kernels.pop()
+        return list(kernels)
+
+    return compile_for
+
+
+@pytest.fixture
+def compiled(compiled_all):
+    """The same of a launcher that launches one kernel."""
+
+    def compile_for(*args, **kwargs):
+        (kernel,) = compiled_all(*args, **kwargs)
+        return kernel
 
     return compile_for
 
@@ -303,3 +317,197 @@ def test_products_with_entries(dtype, capability, compiled, tmp_path):
         assert_lean(kernel, tmp_path, 128)
         vectors = dtype.itemsize * 16 * 256 // (4 * 32 * 16)
         assert accesses(kernel, tmp_path)["LDG", 128] >= vectors
+
+
+# Hidden states.
+
+# One width for each entry of the tuning tables. The first are multiples of 8 and not of 16.
+WIDTHS = (312, 1000, 4096)
+
+
+def launch_hidden_mse(
+    width, dtype, teacher_dtype=None, *, rows=4, gradient_dtype=None, gradient=True, bias=True
+):
+    student = torch.empty(1, rows, width, dtype=dtype)
+    hidden_mse_rows(
+        student, torch.empty(1, rows, width, dtype=teacher_dtype or dtype),
+        torch.empty(width) if bias else None, torch.ones(rows).bool(), torch.ones(()).double(),
+        torch.empty_like(student, dtype=gradient_dtype) if gradient else None,
+    )  # fmt: skip
+
+
+def launch_hidden_cosine(width, dtype, teacher_dtype=None, *, rows=4, gradient=True):
+    student = torch.empty(1, rows, width, dtype=dtype)
+    hidden_cosine_rows(
+        student, torch.empty(1, rows, width, dtype=teacher_dtype or dtype),
+        torch.ones(rows).bool(), torch.ones(()).double(),
+        torch.empty_like(student) if gradient else None, epsilon=1e-8,
+    )  # fmt: skip
+
+
+HIDDEN_LAUNCHES = [
+    pytest.param(launch_hidden_mse, tuning.HIDDEN_MSE, 1, id="hidden_mse"),
+    pytest.param(launch_hidden_cosine, tuning.HIDDEN_COSINE, 3, id="hidden_cosine"),
+]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("launch_hidden", "table", "sweeps"), HIDDEN_LAUNCHES)
+def test_every_launch_on_hidden_states(
+    launch_hidden, table, sweeps, dtype, capability, compiled, tmp_path
+):
+    launches = [launch for _, launch in table[dtype.itemsize]]
+    for width, launch in zip(WIDTHS, launches, strict=True):
+        kernel = compiled(capability, launch_hidden, width, dtype)
+        assert kernel.metadata.num_warps == launch["num_warps"]
+        assert_lean(kernel, tmp_path, launch["maxnreg"])
+        counts = accesses(kernel, tmp_path)
+        # Each sweep loads both sides, in the interior and in the edge.
+        vectors = launch["BLOCK_V"] * dtype.itemsize // (launch["num_warps"] * 32 * 16)
+        assert counts["LDG", 128] >= 4 * vectors * sweeps
+        assert counts["LDG", 16] == 0
+        # The mask, and the scale of the gradient.
+        assert counts["LDG", 8] == 1
+        assert counts["STG", 128] >= 2 * vectors
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_other_shapes_of_the_kernels_on_hidden_states(capability, compiled, tmp_path):
+    # As the products of half precision have it: projected in float32, a gradient to multiply with.
+    projected = compiled(
+        capability, launch_hidden_mse, 768, torch.float32, torch.bfloat16,
+        gradient_dtype=torch.bfloat16,
+    )  # fmt: skip
+    assert_lean(projected, tmp_path)
+    # Four of the student's vectors, two of the teacher's and four of the bias.
+    assert accesses(projected, tmp_path)["LDG", 128] >= 10
+    for launch_hidden in (launch_hidden_mse, launch_hidden_cosine):
+        mixed = compiled(capability, launch_hidden, 768, torch.float32, torch.bfloat16)
+        without_gradient = compiled(capability, launch_hidden, 768, torch.bfloat16, gradient=False)
+        off_the_boundary = [
+            compiled(capability, launch_hidden, 769, dtype)
+            for dtype in (torch.bfloat16, torch.float32)
+        ]
+        for kernel in (mixed, without_gradient, *off_the_boundary):
+            assert_lean(kernel, tmp_path, 80)
+            assert accesses(kernel, tmp_path)["LDG", 128] >= 2
+        assert accesses(without_gradient, tmp_path)["STG", 128] == 0
+
+
+def test_values_do_not_compile_the_kernels_on_hidden_states_anew(compiled):
+    for launch_hidden in (launch_hidden_mse, launch_hidden_cosine):
+        kernel = compiled(90, launch_hidden, 768, torch.bfloat16)
+        assert compiled(90, launch_hidden, 1024, torch.bfloat16, rows=16) is kernel
+
+
+# Attention maps.
+
+# Both models' heads, one pair for each entry of a tuning table.
+HEADS = [(64, 64), (128, 128)]
+
+
+def launch_attention_mse(
+    widths,
+    dtype,
+    method,
+    *,
+    causal=False,
+    samples=2,
+    length=512,
+    gradients=True,
+    tokens_first=False,
+):
+    """Two query heads to a key head, and a mask of each side."""
+
+    def heads(count, width):
+        tensor = torch.empty(samples, count, length, width, dtype=dtype)
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2) if tokens_first else tensor
+
+    queries, keys = [heads(4, width) for width in widths], [heads(2, width) for width in widths]
+    counted = torch.ones(samples, length).bool()
+    gradient = [torch.empty_like(tensor) if gradients else None for tensor in (queries[0], keys[0])]
+    attention_mse_sums(
+        queries, keys, counted, counted, gradient, torch.ones(()), causal=causal, ratio=1.0,
+        method=method,
+    )  # fmt: skip
+
+
+def assert_holds_blocks(kernel, folder):
+    """Without spills, with rows in 16-byte accesses, and without a product in TF32."""
+    assert_lean(kernel, folder, 255)
+    counts = accesses(kernel, folder)
+    # Some of the rows are copied to shared memory without passing through registers.
+    counts["LDG", 128] += len(re.findall(r"LDGSTS\S*\.128", dump(kernel, folder, "--dump-sass")))
+    assert counts["LDG", 128] >= 4
+    assert counts["LDG", 16] == counts["LDG", 64] == 0
+    assert counts["STG", 16] == 0
+    assert "tf32" not in kernel.asm["ptx"]
+    # What an A100 has, with the 1 KiB that the system takes.
+    assert kernel.metadata.shared <= 163 * 1024
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("widths", HEADS)
+def test_attention_mse(widths, dtype, capability, compiled_all, monkeypatch, tmp_path):
+    for method, causal, names in (
+        ("gram", False, ["gram_kernel", "join_kernel", "query_kernel", "key_kernel"]),
+        ("gram", True, ["gram_kernel", "join_kernel", "query_kernel", "key_kernel"]),
+        ("tiled", True, ["query_kernel", "key_kernel"]),
+    ):
+        kernels = compiled_all(
+            capability, launch_attention_mse, widths, dtype, method, causal=causal
+        )
+        assert [kernel.metadata.name for kernel in kernels] == names
+        for kernel in kernels:
+            assert_holds_blocks(kernel, tmp_path)
+    monkeypatch.setattr("kdfast.kernels.attention_mse.FEWEST_FUSED_PROGRAMS", 1)
+    (kernel,) = compiled_all(capability, launch_attention_mse, widths, dtype, "gram")
+    assert kernel.metadata.name == "fused_gram_kernel"
+    assert_holds_blocks(kernel, tmp_path)
+
+
+def products(kernel):
+    """How many products a tensor core takes, by the types of their operands."""
+    found = re.findall(r"(?:wgmma|mma|tcgen05\.mma)\S*\.(bf16|f16)\.\1", kernel.asm["ptx"])
+    return {kind: found.count(kind) for kind in set(found)}
+
+
+def test_products_of_attention_mse(compiled_all):
+    """Rows of half precision go to the tensor cores as they are, and float32 does not go there."""
+    for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float16, "f16")):
+        grams, _, query, _ = compiled_all(90, launch_attention_mse, (64, 64), dtype, "gram")
+        assert set(products(grams)) == {kind}
+        # Matrices in float32, in two parts of bfloat16.
+        assert set(products(query)) == {"bf16"}
+    for method in ("gram", "tiled"):
+        for kernel in compiled_all(90, launch_attention_mse, (64, 64), torch.float32, method):
+            assert products(kernel) == {}
+
+
+def test_other_shapes_of_attention_mse(compiled_all, tmp_path):
+    for widths in ((64, 128), (48, 80)):
+        kernels = compiled_all(90, launch_attention_mse, widths, torch.float16, "gram", causal=True)
+        for kernel in kernels:
+            assert_holds_blocks(kernel, tmp_path)
+    for method in ("gram", "tiled"):
+        options = {"gradients": False}
+        for kernel in compiled_all(
+            90, launch_attention_mse, (64, 64), torch.bfloat16, method, **options
+        ):
+            assert_lean(kernel, tmp_path, 255)
+    # Heads of a few channels, padded.
+    for kernel in compiled_all(90, launch_attention_mse, (1, 5), torch.float32, "gram"):
+        assert_lean(kernel, tmp_path, 255)
+
+
+def test_values_do_not_compile_attention_mse_anew(compiled_all):
+    for method, causal in (("gram", True), ("tiled", False)):
+        first, second = (
+            compiled_all(
+                90, launch_attention_mse, (64, 64), torch.bfloat16, method, causal=causal, **sizes
+            )
+            for sizes in ({}, {"samples": 3, "length": 333, "tokens_first": True})
+        )
+        assert all(one is other for one, other in zip(first, second, strict=True))

@@ -1,5 +1,6 @@
 import copy
 import inspect
+import itertools
 import pickle
 
 import pytest
@@ -18,12 +19,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = ("student", "weight", "bias")
 OPERATIONS = {"hidden_mse": kdfast.hidden_mse, "hidden_cosine": kdfast.hidden_cosine}
 CASES = ("hidden_mse", "hidden_cosine", "projected")
+BACKENDS = [name for name in ("cpp", "torch") if name in kdfast.available_backends()]
 
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     # Three rows of 20 features and a few of the others: no test fits into one chunk.
     monkeypatch.setenv("KDFAST_CHUNK_BYTES", "600")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with kdfast.backend(request.param):
+        yield request.param
 
 
 def states(case, *tokens, width=20, student=12, dtype=torch.float32):
@@ -132,7 +140,7 @@ def test_reference_counts_what_the_mask_says():
 @pytest.mark.parametrize("width", [1, 7, 768])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_matches_reference(case, dtype, width, reduction):
+def test_matches_reference(case, dtype, width, reduction, backend):
     arguments = states(case, 3, 7, width=width, dtype=dtype)
     mask = torch.rand(3, 7) < 0.7
     incoming = None
@@ -155,7 +163,7 @@ def test_matches_reference(case, dtype, width, reduction):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("leading", [(), (0,), (2, 0), (1,), (2, 3, 4)])
-def test_leading_shapes(leading, case):
+def test_leading_shapes(leading, case, backend):
     arguments = states(case, *leading)
     result = loss_and_gradients(case, arguments, reduction="sum")
     expected = oracle(case, arguments, reduction="sum")
@@ -169,7 +177,7 @@ def test_leading_shapes(leading, case):
 
 @pytest.mark.parametrize("budget", ["1", "300", "5000", "1000000", None])
 @pytest.mark.parametrize("case", CASES)
-def test_every_chunk_gives_the_same(case, budget, monkeypatch):
+def test_every_chunk_gives_the_same(case, budget, monkeypatch, backend):
     if budget is None:
         monkeypatch.delenv("KDFAST_CHUNK_BYTES")
     else:
@@ -182,7 +190,7 @@ def test_every_chunk_gives_the_same(case, budget, monkeypatch):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("case", CASES)
-def test_gradcheck(case, reduction):
+def test_gradcheck(case, reduction, backend):
     arguments = leaves(states(case, 2, 3, width=5, student=4, dtype=torch.float64))
     mask = torch.tensor([[True, False, True], [True, True, False]])
     names = [name for name in NAMES if name in arguments]
@@ -195,7 +203,7 @@ def test_gradcheck(case, reduction):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_strided_inputs(case):
+def test_strided_inputs(case, backend):
     arguments = states(case, 4, 9)
     expected = loss_and_gradients(case, arguments)
     strided = {name: value.repeat_interleave(2, -1)[..., ::2] for name, value in arguments.items()}
@@ -205,7 +213,7 @@ def test_strided_inputs(case):
     assert_same(loss_and_gradients(case, strided), expected, torch.float32)
 
 
-def test_mean_is_torchs_over_the_tokens_that_count():
+def test_mean_is_torchs_over_the_tokens_that_count(backend):
     arguments, mask = states("projected", 3, 7), torch.rand(3, 7) < 0.6
     projected = F.linear(*(arguments[name] for name in NAMES))
     expected = F.mse_loss(projected[mask], arguments["teacher"][mask])
@@ -216,7 +224,7 @@ def test_mean_is_torchs_over_the_tokens_that_count():
     torch.testing.assert_close(found, expected)
 
 
-def test_without_a_bias():
+def test_without_a_bias(backend):
     arguments = states("projected", 9)
     del arguments["bias"]
     result = loss_and_gradients("projected", arguments)
@@ -224,7 +232,7 @@ def test_without_a_bias():
 
 
 @pytest.mark.parametrize("wider", ["student", "teacher", "weight"])
-def test_dtypes_that_differ(wider):
+def test_dtypes_that_differ(wider, backend):
     arguments = {n: v.bfloat16() for n, v in states("projected", 9).items()}
     expected = oracle("projected", arguments)
     arguments[wider] = arguments[wider].double()
@@ -236,15 +244,42 @@ def test_dtypes_that_differ(wider):
         assert_gradient_close(gradient, expected[1][name])
 
 
+@pytest.mark.parametrize("width", [2048, 2049, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_rows_of_more_than_a_chunk(case, dtype, width, backend):
+    arguments = states(case, 5, width=width, dtype=dtype)
+    result = loss_and_gradients(case, arguments)
+    assert_same(result, oracle(case, arguments), dtype)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_views_of_hidden_states(name, backend):
+    # All but the first token, as a model's hidden states without the [CLS] are.
+    arguments = states(name, 4, 9, dtype=torch.bfloat16)
+    mask = torch.rand(4, 8) < 0.7
+    views = {side: value[:, 1:] for side, value in arguments.items()}
+    assert not views["student"].is_contiguous()
+    result = OPERATIONS[name](**leaves(views), mask=mask, reduction="none")
+    copies = {side: value.contiguous() for side, value in views.items()}
+    assert torch.equal(result, OPERATIONS[name](**copies, mask=mask, reduction="none"))
+    student = arguments["student"].clone().requires_grad_()
+    loss = OPERATIONS[name](student[:, 1:], views["teacher"], mask=mask)
+    loss.backward()
+    expected = oracle(name, views, mask=mask)
+    assert_loss_close(loss.detach(), expected[0], torch.bfloat16)
+    assert_gradient_close(student.grad[:, 1:], expected[1]["student"])
+
+
 # Tokens that do not count.
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("case", CASES)
-def test_masked_tokens_count_for_nothing(case, reduction, on_cpu, monkeypatch):
+def test_masked_tokens_count_for_nothing(case, reduction, on_cpu, monkeypatch, backend):
     if not on_cpu:
-        # Elsewhere a mask is not read: chunks hold every token.
+        # Elsewhere a mask is not read: a projection's chunks hold every token.
         monkeypatch.setattr(hidden, "_masked", lambda mask: mask)
         monkeypatch.setattr(
             hidden, "chunks_of", lambda rows, size, *_: head.chunks_of(rows, size, None, -100)
@@ -265,7 +300,7 @@ def test_masked_tokens_count_for_nothing(case, reduction, on_cpu, monkeypatch):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("case", CASES)
-def test_no_token_that_counts_is_a_loss_of_zero(case, reduction):
+def test_no_token_that_counts_is_a_loss_of_zero(case, reduction, backend):
     arguments = states(case, 4)
     for side in ("student", "teacher"):
         arguments[side][:] = torch.nan
@@ -277,7 +312,7 @@ def test_no_token_that_counts_is_a_loss_of_zero(case, reduction):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_nan_stays_in_its_row(case):
+def test_a_nan_stays_in_its_row(case, backend):
     arguments = states(case, 9)
     clean = loss_and_gradients(case, arguments, torch.ones(9), reduction="none")
     arguments["student"][4, 2] = torch.nan
@@ -291,7 +326,7 @@ def test_a_nan_stays_in_its_row(case):
 # The cosine's edges.
 
 
-def test_zero_vectors():
+def test_zero_vectors(backend):
     tensors = states("hidden_cosine", 4, dtype=torch.float64)
     tensors["student"][0] = tensors["teacher"][1] = 0
     tensors["student"][2] = tensors["teacher"][2] = 0
@@ -308,7 +343,7 @@ def test_zero_vectors():
 
 
 @pytest.mark.parametrize("size", [1e-15, 1e-4, 1e4])
-def test_the_size_of_a_vector_does_not_matter(size):
+def test_the_size_of_a_vector_does_not_matter(size, backend):
     arguments = states("hidden_cosine", 5)
     expected = oracle("hidden_cosine", arguments)
     for side in arguments.values():
@@ -322,7 +357,7 @@ def test_the_size_of_a_vector_does_not_matter(size):
 
 
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3])
-def test_the_cosine_keeps_its_digits_near_convergence(distance):
+def test_the_cosine_keeps_its_digits_near_convergence(distance, backend):
     student = torch.randn(64, 768)
     arguments = {"student": student, "teacher": student + distance * torch.randn(64, 768)}
     expected = oracle("hidden_cosine", arguments)
@@ -345,13 +380,29 @@ def test_the_cosine_keeps_its_digits_near_convergence(distance):
 def test_never_negative_and_zero_where_they_agree(rows, width, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     student, teacher = scale * torch.randn(2, rows, width, generator=generator)
-    for operation in OPERATIONS.values():
-        assert (operation(student, teacher, reduction="none") >= 0).all()
-        assert (operation(student, student.clone(), reduction="none") == 0).all()
-    assert (kdfast.hidden_cosine(student, teacher, reduction="none") <= 2 + 1e-6).all()
+    for backend, operation in itertools.product(BACKENDS, OPERATIONS.values()):
+        with kdfast.backend(backend):
+            assert (operation(student, teacher, reduction="none") >= 0).all()
+            assert (operation(student, student.clone(), reduction="none") == 0).all()
+            cosine = kdfast.hidden_cosine(student, teacher, reduction="none")
+            assert (cosine <= 2 + 1e-6).all()
 
 
 # What is computed, and in what memory.
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_half_precision_gradient_is_written_once(name, monkeypatch):
+    monkeypatch.delenv("KDFAST_CHUNK_BYTES")
+    student = torch.randn(16384, 1024).bfloat16().requires_grad_()
+    teacher = torch.randn_like(student).detach()
+
+    def step():
+        torch.autograd.grad(OPERATIONS[name](student, teacher), student)
+
+    step()
+    # A gradient in float32 would be twice the size, and beside it.
+    assert peak_bytes(step) < student.nbytes + (8 << 20)
 
 
 def test_memory_is_the_gradients_and_a_chunk(monkeypatch):
@@ -418,7 +469,7 @@ def test_gradients_that_nobody_wants_are_none(reduction):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_a_loss_scale_is_inside_the_rounding(case, dtype):
+def test_a_loss_scale_is_inside_the_rounding(case, dtype, backend):
     arguments, scale = states(case, 500, dtype=dtype), torch.tensor(65536.0)
     # Unscaled, the gradients are below float16's smallest number.
     result = loss_and_gradients(case, arguments, scale / 1e6)
@@ -428,7 +479,7 @@ def test_a_loss_scale_is_inside_the_rounding(case, dtype):
 
 
 @pytest.mark.parametrize("incoming", [1e-8, 1.0, 1e4])
-def test_a_difference_in_float16_neither_overflows_nor_vanishes(incoming, monkeypatch):
+def test_a_difference_in_float16_neither_overflows_nor_vanishes(incoming, monkeypatch, backend):
     # A GPU's products take the difference in float16 and add up in float32. A CPU's do not.
     def multiply(left, right, out, *, accumulate=False):
         product = left.to(out.dtype) @ right.to(out.dtype)
@@ -539,14 +590,15 @@ def test_compiles_whole_with_dynamic_shapes(case, reduction):
 def test_opcheck(case, reduction):
     arguments, mask = states(case, 3, 4), torch.rand(3, 4) < 0.7
     incoming = torch.rand(3, 4) if reduction == "none" else None
-    options = {"reduction": reduction, "chunk_bytes": 600}
+    options = {"reduction": reduction}
     if case == "hidden_cosine":
         operator = torch.ops.kdfast.hidden_cosine_forward.default
         tensors, students = list(arguments.values()), [arguments["student"]]
     else:
         operator = torch.ops.kdfast.hidden_mse_forward.default
         students = [arguments.get(name) for name in NAMES]
-        tensors, options = [*students, arguments["teacher"]], options | {"autocast": None}
+        tensors = [*students, arguments["teacher"]]
+        options |= {"chunk_bytes": 600, "autocast": None}
     for buffers in (
         [None if tensor is None else torch.empty_like(tensor) for tensor in students],
         [None] * len(students),

@@ -357,7 +357,8 @@ def _without_duplicates(batches: Iterable[Batch], augment: Augmentation) -> Iter
 
 def _write(batches: Iterable[Batch], schema: Schema, output: Path) -> int:
     """The number of rows. The file has its name once it is whole, and on the disk."""
-    from kdfast.teacher_cache.format import fsync, rename, temporary_of, writing
+    from kdfast.files import fsync, temporary_of
+    from kdfast.teacher_cache.format import rename, writing
 
     temporary, written = temporary_of(output), 0
     try:

@@ -6,6 +6,7 @@ sweeps over their tokens: by Gram matrices, or by tiles of scores.
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
@@ -24,6 +25,8 @@ from kdfast.ops.arguments import (
 )
 from kdfast.ops.gradient import refuse_double_backward, scale_gradient
 from kdfast.ops.head import wide_dtype
+from kdfast.ops.memory import fresh
+from kdfast.ops.rows import Addresses, cpp_kernel
 from kdfast.ops.score_rows import MappedRows, PairedRows
 
 REDUCTIONS = ("mean", "tinybert", "sum", "none")
@@ -39,6 +42,9 @@ BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 TILE = 256
 SPAN = 1024
 CAUSAL_SPAN = 128
+
+# The size of a tile in csrc/cpu/attention_mse.cpp.
+CPP_TILE = 128
 
 # A Gram loss is a small difference where the models agree, and has then lost its terms' rounding.
 # From this share of its terms on, which leaves an error of 1e-4, `auto` sums in float64.
@@ -252,8 +258,7 @@ def _matrix_products(
 
 
 def _cheaper(rows: Rows, length: int, causal: bool, gradients: bool) -> str:
-    tiled = rows.tiled_operations(length, gradients)
-    gram = rows.gram_operations(length, gradients)
+    tiled, gram = rows.operations(length, gradients)
     if causal:
         # Half the tiles, against one Gram matrix more and the tiles on the diagonal twice: at the
         # speed of products so small.
@@ -262,22 +267,145 @@ def _cheaper(rows: Rows, length: int, causal: bool, gradients: bool) -> str:
     return "tiled" if tiled <= gram else "gram"
 
 
-# Everything here is matrix products, in which no kernel of ours outdoes the libraries.
-BACKENDS = dict.fromkeys(("cpp", "triton", "torch"), _matrix_products)
+def _cpp(
+    queries: tuple[Tensor, Tensor],
+    keys: tuple[Tensor, Tensor],
+    masks: tuple[Tensor | None, Tensor | None],
+    head_map: Tensor | None,
+    gradients: _Gradients,
+    *,
+    causal: bool,
+    ratio: float,
+    method: str,
+) -> Tensor:
+    """The same. With `head_map`, which makes all heads one large matrix, it is products after all.
+
+    So it is where threads would have nothing to do, one of which takes a key head.
+    """
+    count, _, length, _ = queries[0].shape
+    tasks = count * keys[0].shape[1]
+    if head_map is not None or length == 0 or 2 * tasks < torch.get_num_threads():
+        options = {"causal": causal, "ratio": ratio, "method": method}
+        return _matrix_products(queries, keys, masks, head_map, gradients, **options)
+    dtype = wide_dtype(queries[0].dtype, keys[0].dtype)
+    checked = method == "auto" and dtype == torch.float32
+    if method == "auto":
+        rows = PairedRows(queries, keys, *masks, ratio, dtype)
+        tiled, gram = rows.operations(length, gradients.wanted())
+        if causal:
+            # Half the tiles, and those on the diagonal; measured, Gram matrices cost twice.
+            tiled *= (1 + min(1, CPP_TILE / length)) / 2
+            gram *= 2
+        method = "tiled" if tiled <= gram else "gram"
+
+    def sums_of(samples: slice, real: torch.dtype) -> tuple[Tensor, Tensor]:
+        tensors = Addresses()
+        sums = torch.empty(2, samples.stop - samples.start, dtype=torch.float64)
+        by_name = {
+            "student_query": queries[0],
+            "student_key": keys[0],
+            "teacher_query": queries[1],
+            "teacher_key": keys[1],
+            "query_gradient": gradients.query,
+            "key_gradient": gradients.key,
+        }
+        factor = gradients.factor
+        cpp_kernel("attention_mse", real)(
+            **{
+                name: tensors.heads(None if tensor is None else tensor[samples])
+                for name, tensor in by_name.items()
+            },
+            query_mask=tensors.mask(None if masks[0] is None else masks[0][samples]),
+            key_mask=tensors.mask(None if masks[1] is None else masks[1][samples]),
+            factor=tensors.per_row(factor[samples] if factor.dim() else factor, real),
+            samples=sums.shape[1],
+            tokens=length,
+            student_width=queries[0].shape[-1],
+            teacher_width=queries[1].shape[-1],
+            ratio=ratio,
+            causal=causal,
+            tiled=method == "tiled",
+            sums=sums.data_ptr(),
+        )
+        return sums.unbind()
+
+    found, scale = sums_of(slice(0, count), dtype)
+    if checked and method == "gram":
+        for sample in (found < SMALLEST_SHARE * scale).nonzero().flatten().tolist():
+            samples = slice(sample, sample + 1)
+            found[samples] = sums_of(samples, torch.float64)[0]
+    return found.clamp_min(0)
+
+
+def _triton(
+    queries: tuple[Tensor, Tensor],
+    keys: tuple[Tensor, Tensor],
+    masks: tuple[Tensor | None, Tensor | None],
+    head_map: Tensor | None,
+    gradients: _Gradients,
+    *,
+    causal: bool,
+    ratio: float,
+    method: str,
+) -> Tensor:
+    """The same. Three kinds of call stay matrix products: `head_map`, which makes all heads one
+    large matrix; float64 on either side; and heads wider than a program holds.
+    """
+    from kdfast.kernels.attention_mse import WIDEST_HEAD, attention_mse_sums
+
+    tensors = (*queries, *keys)
+    options = {"causal": causal, "ratio": ratio, "method": method}
+    if (
+        head_map is not None
+        or any(tensor.dtype == torch.float64 for tensor in tensors)
+        or any(tensor.shape[-1] > WIDEST_HEAD for tensor in queries)
+        or queries[0].numel() == 0
+    ):
+        return _matrix_products(queries, keys, masks, head_map, gradients, **options)
+
+    def unit_stride(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(part if part.stride(-1) == 1 else part.contiguous() for part in pair)
+
+    buffers = gradients.query, gradients.key
+    return attention_mse_sums(
+        unit_stride(queries), unit_stride(keys), *masks, buffers, gradients.factor, **options
+    )
+
+
+BACKENDS = {"cpp": _cpp, "triton": _triton, "torch": _matrix_products}
+
+
+# How many calls ask for full precision now, and what was set before the first of them.
+_asking = threading.Lock()
+_full_precision_calls: dict[str, list] = {"cpu": [0, None], "cuda": [0, None]}
 
 
 @contextlib.contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Products of float32 as float32: differences of scores do not survive TF32 or bfloat16."""
-    products = torch.backends.cuda.matmul
-    if device.type == "cpu":
-        products = torch.backends.mkldnn.matmul
-    chosen = products.fp32_precision
-    products.fp32_precision = "ieee"
+    """Products of float32 as float32: differences of scores do not survive TF32 or bfloat16.
+
+    The setting is the process's. The first of several threads makes it, and the last puts back what
+    was there.
+    """
+    cpu = device.type == "cpu"
+    products = (torch.backends.mkldnn if cpu else torch.backends.cuda).matmul
+    calls = _full_precision_calls["cpu" if cpu else "cuda"]
+    with _asking:
+        if calls[0] == 0:
+            calls[1] = products.fp32_precision
+            if calls[1] not in ("ieee", "none"):
+                products.fp32_precision = "ieee"
+        calls[0] += 1
     try:
         yield
     finally:
-        products.fp32_precision = chosen
+        with _asking:
+            calls[0] -= 1
+            if calls[0] == 0 and calls[1] not in ("ieee", "none"):
+                # Where it came from the setting of all products, it goes on following that one.
+                products.fp32_precision = "none"
+                if products.fp32_precision != calls[1]:
+                    products.fp32_precision = calls[1]
 
 
 def _counted_cells(
@@ -331,8 +459,11 @@ def _attention_mse_forward(
         divisor = _counted_cells(student_query, query_mask, key_mask, causal)
     elif reduction == "tinybert":
         divisor = student_query.shape[:3].numel() * student_query.shape[2]
+    if not isinstance(divisor, Tensor):
+        # Filled in, where a copy from the host would wait for the device.
+        divisor = torch.full((), divisor, device=device)
     # No cell counts: 0 / 1.
-    divisor = torch.as_tensor(divisor, dtype=_wide_sum(device), device=device).clamp_min(1)
+    divisor = divisor.to(_wide_sum(device)).clamp_min(1)
     factor = 2 * student_scale**2 / divisor
     if incoming is not None:
         factor = factor * incoming
@@ -398,15 +529,16 @@ def _tokens_first(tensor: Tensor) -> bool:
 def _gradient_buffers(inputs: tuple[Tensor, ...], needed: tuple[bool, bool]) -> list[Tensor | None]:
     """Buffers with the layout of the student's query and key, so that views of them are views."""
     return [
-        None
-        if not need
-        else torch.empty_like(
-            tensor.transpose(1, 2), memory_format=torch.contiguous_format
-        ).transpose(1, 2)
-        if _tokens_first(tensor)
-        else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        _buffer_like(tensor) if need else None
         for tensor, need in zip(inputs[:2], needed, strict=True)
     ]
+
+
+def _buffer_like(tensor: Tensor) -> Tensor:
+    like = {"dtype": tensor.dtype, "device": tensor.device}
+    if _tokens_first(tensor):
+        return fresh(*tensor.transpose(1, 2).shape, **like).transpose(1, 2)
+    return fresh(*tensor.shape, **like)
 
 
 def _scaled(gradient: Tensor, incoming: Tensor) -> Tensor:

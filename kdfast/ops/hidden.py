@@ -1,12 +1,11 @@
 """Distillation between hidden states: `hidden_mse` and `hidden_cosine`.
 
 Read from the bottom: the public functions check their arguments, the autograd function keeps the
-gradients that the forward pass computed, and the operators take the tokens in chunks.
-
-Both are PyTorch's own kernels on every device, so there is no backend to choose: a projection is
-two or three matrix products, and without one a chunk stays in the CPU's cache from its first read
-to the write of its gradient, which leaves nothing but the reads and the write.
+gradients that the forward pass computed, the operators take care of the projection and of the
+reduction, and a backend sweeps the rows.
 """
+
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -21,26 +20,184 @@ from kdfast.ops.arguments import (
 )
 from kdfast.ops.gradient import refuse_double_backward, scale_gradient
 from kdfast.ops.head import (
+    HALF,
     Head,
     HeadGradients,
     chunk_budget,
     chunks_of,
     product_dtype,
+    rows_of,
     rows_within,
     sweep,
     wide_dtype,
 )
 from kdfast.ops.memory import fresh
+from kdfast.ops.rows import Addresses, as_rows, cpp_kernel
 from kdfast.ops.tokens import REDUCTIONS, gradient_scale, reduce, token_share
 from kdfast.reference import COSINE_EPS
 
-# What a chunk takes on a CPU, if KDFAST_CHUNK_BYTES does not make it less: it stays in the cache
-# of a core, where rows are compared, and fills the matrix products, where they are projected.
+# What a chunk takes on a CPU, if KDFAST_CHUNK_BYTES does not make it less: in plain PyTorch it
+# stays in the cache of a core, and of projected states it fills the matrix products.
 CACHED_BYTES = 2 << 20
 PROJECTED_BYTES = 16 << 20
 
 # A mask stands where the losses over a vocabulary have labels, and this is what it ignores.
 MASKED = False
+
+
+def _chunk_bytes(device: torch.device, on_cpu: int) -> int:
+    budget = chunk_budget(device)
+    return min(budget, on_cpu) if device.type == "cpu" else budget
+
+
+def _cpp_rows(
+    name: str,
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    grad_scale: Tensor | None,
+    gradient: Tensor | None,
+    tensors: Addresses,
+    **last: float,
+) -> Tensor:
+    real = wide_dtype(student.dtype)
+    losses = student.new_empty(student.shape[:2].numel(), dtype=real)
+    if (teacher.dtype == torch.float64) != (real == torch.float64):
+        teacher = teacher.to(real)
+    cpp_kernel(name, real)(
+        student=tensors.matrix(student),
+        teacher=tensors.matrix(teacher),
+        gradient=tensors.matrix(gradient),
+        outer_rows=student.shape[0],
+        inner_rows=student.shape[1],
+        width=student.shape[2],
+        mask=tensors.per_row(mask, torch.bool),
+        grad_scale=tensors.per_row(grad_scale, real),
+        losses=losses.data_ptr(),
+        **last,
+    )
+    return losses
+
+
+def _cpp_mse_rows(
+    student: Tensor, teacher: Tensor, bias: Tensor | None, *per_row_and_gradient: Tensor | None
+) -> Tensor:
+    # The kernel sees addresses, which `tensors` keeps alive until it has returned.
+    tensors = Addresses()
+    address = 0 if bias is None else tensors.contiguous(bias, wide_dtype(student.dtype))
+    rows = (student, teacher, *per_row_and_gradient)
+    return _cpp_rows("hidden_mse_rows", *rows, tensors, bias=address)
+
+
+def _cpp_cosine_rows(*rows: Tensor | None) -> Tensor:
+    return _cpp_rows("hidden_cosine_rows", *rows, Addresses(), epsilon=COSINE_EPS)
+
+
+def _triton_mse_rows(*rows: Tensor | None) -> Tensor:
+    from kdfast.kernels.hidden import hidden_mse_rows
+
+    return hidden_mse_rows(*rows)
+
+
+def _triton_cosine_rows(*rows: Tensor | None) -> Tensor:
+    from kdfast.kernels.hidden import hidden_cosine_rows
+
+    return hidden_cosine_rows(*rows, epsilon=COSINE_EPS)
+
+
+def _cached_chunks(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, tensors: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some rows of both at a time, in wide precision, with zeros in those that do not count."""
+    wide = wide_dtype(student.dtype)
+    student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
+    budget = _chunk_bytes(student.device, CACHED_BYTES)
+    size = rows_within(budget, student.shape[1], wide, tensors)
+    for begin in range(0, len(student), size):
+        chunk = slice(begin, begin + size)
+        pair = student[chunk].to(wide), teacher[chunk].to(wide)
+        if mask is not None:
+            pair = (rows.masked_fill(~mask[chunk, None], 0) for rows in pair)
+        yield chunk, *pair
+
+
+def _of(scale: Tensor | None, chunk: slice, dtype: torch.dtype) -> float | Tensor:
+    """A chunk's part of a scale that is 0-d or `[rows]`, to multiply `[rows, width]` with."""
+    if scale is None:
+        return 1.0
+    return (scale if scale.dim() == 0 else scale[chunk, None]).to(dtype)
+
+
+def _torch_mse_rows(
+    student: Tensor,
+    teacher: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    grad_scale: Tensor | None,
+    gradient: Tensor | None,
+) -> Tensor:
+    losses = student.new_empty(student.shape[:2].numel(), dtype=wide_dtype(student.dtype))
+    width = max(1, student.shape[2])
+    for chunk, s, t in _cached_chunks(student, teacher, mask, tensors=2):
+        difference = s - t
+        if bias is not None:
+            difference += bias
+        if mask is not None:
+            difference.masked_fill_(~mask[chunk, None], 0)
+        losses[chunk] = difference.square().sum(1) / width
+        if gradient is not None:
+            # ∂ mean (s − t)² / ∂s = 2 (s − t) / D.
+            factor = _of(grad_scale, chunk, losses.dtype) * (2 / width)
+            gradient.flatten(0, 1)[chunk] = difference.mul_(factor)
+    return losses
+
+
+def _torch_cosine_rows(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    grad_scale: Tensor | None,
+    gradient: Tensor | None,
+) -> Tensor:
+    """1 − cos of every token, and its gradient.
+
+    With a = s / max(‖s‖, ε) and b likewise, 1 − a·b = ½‖a − b‖² + ½(1 − ‖a‖²) + ½(1 − ‖b‖²). The
+    last two are 0 unless a norm is below ε, and the first is small where student and teacher
+    agree: no digit of it is lost, and it is never negative.
+    """
+    losses = student.new_empty(student.shape[:2].numel(), dtype=wide_dtype(student.dtype))
+    for chunk, *pair in _cached_chunks(student, teacher, mask, tensors=3):
+        directions, norms, missing = [], [], []
+        for rows in pair:
+            # Not vector_norm, which adds up long rows less exactly.
+            norm = rows.square().sum(1, keepdim=True).sqrt_()
+            norms.append(norm.clamp_min(COSINE_EPS))
+            directions.append(rows / norms[-1])
+            # 1 − ‖a‖² would be rounding where a is of length 1.
+            shortfall = 1 - (norm / norms[-1]).square()
+            missing.append(torch.where(norm < COSINE_EPS, shortfall, 0.0))
+        difference = torch.sub(*directions)
+        loss = (difference.square().sum(1, keepdim=True) + missing[0] + missing[1]) / 2
+        losses[chunk] = loss.squeeze(1)
+        if gradient is not None:
+            # ∂L/∂s = (cos · a − b) / ‖s‖ = (a − b − L · a) / ‖s‖; a norm below ε is a constant.
+            shrink = torch.where(missing[0] > 0, 1.0, loss)
+            by_student = difference.sub_(directions[0].mul_(shrink))
+            factor = _of(grad_scale, chunk, losses.dtype) / norms[0]
+            gradient.flatten(0, 1)[chunk] = by_student.mul_(factor)
+    # Two rows of zeros, as those that do not count are, have a loss of 1.
+    return losses if mask is None else losses.masked_fill_(~mask, 0)
+
+
+# Of `[outer, inner, D]` with unit stride along D, the loss of every row, `[rows]`, and its gradient
+# times grad_scale: (student, teacher, bias, mask, grad_scale, gradient), without bias for a cosine.
+MSE_BACKENDS = {"cpp": _cpp_mse_rows, "triton": _triton_mse_rows, "torch": _torch_mse_rows}
+COSINE_BACKENDS = {
+    "cpp": _cpp_cosine_rows,
+    "triton": _triton_cosine_rows,
+    "torch": _torch_cosine_rows,
+}
+
 
 # The loss is written into a buffer, like the gradients: the backward pass that wants no loss passes
 # none. (torch.compile also trips over an operator that writes to arguments and returns one tensor,
@@ -53,7 +210,7 @@ registry.library.define(
 )
 registry.library.define(
     "hidden_cosine_forward(Tensor student, Tensor teacher, Tensor? mask, Tensor? incoming, "
-    "Tensor(a!)? loss, Tensor(b!)? student_gradient, *, str reduction, SymInt chunk_bytes) -> ()"
+    "Tensor(a!)? loss, Tensor(b!)? student_gradient, *, str reduction) -> ()"
 )
 
 
@@ -74,24 +231,26 @@ def _hidden_mse_forward(
     chunk_bytes: int,
     autocast: torch.dtype | None,
 ) -> None:
-    tokens, width = student.shape[:-1], max(1, teacher.shape[-1])
+    tokens = student.shape[:-1]
     mask = None if mask is None else mask.flatten()
     share = token_share(reduction, None, mask, MASKED, tokens, student.device)
-    # ∂ mean (x − t)² / ∂x = 2 (x − t) / D.
-    scale = _per_token(2 / width, gradient_scale(share, incoming))
-    student, teacher = _rows(student), _rows(teacher)
-    with torch.autocast(student.device.type, enabled=False):
-        if weight is None:
-            squares = _squared_distances(
-                student, teacher, mask, scale, student_gradient, chunk_bytes
+    scale = gradient_scale(share, incoming)
+    if weight is None:
+        mse_rows = registry.select("hidden_mse", MSE_BACKENDS, student)
+        losses = _of_pairs(
+            mse_rows, student, teacher, None, mask=mask, scale=scale, gradient=student_gradient
+        )
+    else:
+        dtype = product_dtype(student, weight, autocast)
+        # A projection is an output head whose logits are hidden states.
+        projection = Head(_rows(student), weight, None, 1.0, None, dtype)
+        gradients = HeadGradients(student_gradient, weight_gradient, bias_gradient, len(weight))
+        with torch.autocast(student.device.type, enabled=False):
+            losses = _of_projected(
+                projection, bias, _rows(teacher), mask, scale, gradients, chunk_bytes
             )
-        else:
-            gradients = HeadGradients(student_gradient, weight_gradient, bias_gradient, len(weight))
-            dtype = product_dtype(student, weight, autocast)
-            projection = Head(student, weight, bias, 1.0, None, dtype)
-            squares = _projected_distances(projection, teacher, mask, scale, gradients, chunk_bytes)
     if loss is not None:
-        loss.copy_(reduce(squares.div_(width)[None], share, tokens, need_parts=False)[0])
+        loss.copy_(reduce(losses[None], share, tokens, need_parts=False)[0])
 
 
 @torch.library.register_fake("kdfast::hidden_mse_forward", lib=registry.library)
@@ -109,14 +268,17 @@ def _hidden_cosine_forward(
     student_gradient: Tensor | None,
     *,
     reduction: str,
-    chunk_bytes: int,
 ) -> None:
     tokens = student.shape[:-1]
     mask = None if mask is None else mask.flatten()
     share = token_share(reduction, None, mask, MASKED, tokens, student.device)
-    scale = _per_token(1.0, gradient_scale(share, incoming))
-    losses = _cosine_distances(
-        _rows(student), _rows(teacher), mask, scale, student_gradient, chunk_bytes
+    losses = _of_pairs(
+        registry.select("hidden_cosine", COSINE_BACKENDS, student),
+        student,
+        teacher,
+        mask=mask,
+        scale=gradient_scale(share, incoming),
+        gradient=student_gradient,
     )
     if loss is not None:
         loss.copy_(reduce(losses[None], share, tokens, need_parts=False)[0])
@@ -131,18 +293,18 @@ def _rows(states: Tensor) -> Tensor:
     return states.reshape(states.shape[:-1].numel(), states.shape[-1])
 
 
-def _per_token(factor: float, scale: Tensor | None) -> float | Tensor:
-    """factor · scale, a number or a tensor that broadcasts to `[tokens, width]`."""
-    if scale is None:
-        return factor
-    return factor * (scale if scale.dim() == 0 else scale.unsqueeze(1))
-
-
-def _of(scale: float | Tensor, chunk: slice | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """A chunk's part of what `_per_token` gives."""
-    if not isinstance(scale, Tensor):
-        return scale
-    return (scale if scale.dim() == 0 else scale[chunk]).to(dtype)
+def _of_pairs(
+    row_losses: Callable[..., Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    *bias: None,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    gradient: Tensor | None,
+) -> Tensor:
+    """A backend's losses of states that are compared as they are."""
+    gradient = None if gradient is None else as_rows(gradient)
+    return row_losses(as_rows(student), as_rows(teacher), *bias, mask, scale, gradient)
 
 
 def _masked(mask: Tensor | None) -> Tensor | None:
@@ -150,119 +312,40 @@ def _masked(mask: Tensor | None) -> Tensor | None:
     return None if mask is None or mask.device.type == "cpu" else mask
 
 
-def _clear_uncounted(gradient: Tensor, mask: Tensor | None) -> None:
-    """What no chunk writes."""
-    if mask is not None and _masked(mask) is None:
-        gradient[~mask] = 0
-
-
-def _squared_distances(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
-    scale: float | Tensor,
-    gradient: Tensor | None,
-    chunk_bytes: int,
-) -> Tensor:
-    """‖student − teacher‖² of every token, and scale · (student − teacher) in `gradient`."""
-    wide, masked = wide_dtype(student.dtype), _masked(mask)
-    if gradient is not None:
-        gradient = gradient.view(student.shape)
-        _clear_uncounted(gradient, mask)
-    squares = student.new_zeros(len(student), dtype=wide)
-    size = rows_within(chunk_bytes, student.shape[1], wide, tensors=2)
-    for chunk in chunks_of(len(student), size, mask, MASKED):
-        difference = student[chunk].to(wide) - teacher[chunk].to(wide)
-        if masked is not None:
-            difference.masked_fill_(~masked[chunk, None], 0)
-        squares[chunk] = difference.square().sum(1)
-        if gradient is not None:
-            gradient[chunk] = difference.mul_(_of(scale, chunk, wide))
-    return squares
-
-
-def _projected_distances(
+def _of_projected(
     projection: Head,
+    bias: Tensor | None,
     teacher: Tensor,
     mask: Tensor | None,
-    scale: float | Tensor,
+    scale: Tensor | None,
     gradients: HeadGradients,
     chunk_bytes: int,
 ) -> Tensor:
-    """The same of the projected student, and the gradients of what projects it.
-
-    A projection is an output head whose logits are hidden states.
-    """
-    wide = wide_dtype(projection.dtype)
-    masked = _masked(mask)
+    """The losses of a projected student, and the gradients of it and of what projects it."""
+    width = teacher.shape[1]
+    teacher = teacher if teacher.stride(1) == 1 else teacher.contiguous()
+    counted = _masked(mask)
     headroom = None
-    if projection.dtype == torch.float16 and isinstance(scale, Tensor) and scale.numel() > 0:
+    if projection.dtype == torch.float16 and scale is not None and scale.numel() > 0:
         # The products take the difference in float16: near its own size, whatever the number of
         # tokens, so that neither small ones are lost nor large ones overflow.
-        largest = scale.abs().amax().float().clamp_min(torch.finfo(torch.float32).tiny)
-        headroom = torch.exp2(-largest.log2().ceil())
+        largest = scale.abs().amax().float() * (2 / max(1, width))
+        headroom = torch.exp2(-largest.clamp_min(torch.finfo(torch.float32).tiny).log2().ceil())
         scale = scale * headroom
 
-    def chunk_squares(chunk: slice | Tensor, projected: Tensor, gradient: Tensor | None) -> Tensor:
-        difference = projected[0].sub_(teacher[chunk].to(wide))
-        if masked is not None:
-            difference.masked_fill_(~masked[chunk, None], 0)
-        squares = difference.square().sum(1)
-        if gradient is not None:
-            torch.mul(difference, _of(scale, chunk, wide), out=gradient[0])
-        return squares
+    like = projection.weight if projection.dtype == torch.float64 else projection.hidden
+    mse_rows = registry.select("hidden_mse", MSE_BACKENDS, like)
 
-    size = rows_within(chunk_bytes, teacher.shape[1], projection.dtype, tensors=2)
+    def chunk_losses(chunk: slice | Tensor, projected: Tensor, gradient: Tensor | None) -> Tensor:
+        per_row = rows_of((counted, scale), chunk)
+        return mse_rows(projected, teacher[chunk][None], bias, *per_row, gradient)
+
+    size = rows_within(chunk_bytes, width, projection.dtype, tensors=1)
     chunks = chunks_of(len(teacher), size, mask, MASKED)
-    squares = sweep(projection, chunk_squares, gradients, chunks, masked)[0]
+    losses = sweep(projection, chunk_losses, gradients, chunks, counted)[0]
     if headroom is not None:
         for gradient in gradients.wanted():
             gradient.div_(headroom)
-    return squares
-
-
-def _cosine_distances(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
-    scale: float | Tensor,
-    gradient: Tensor | None,
-    chunk_bytes: int,
-) -> Tensor:
-    """1 − cos of every token, and scale · its gradient in `gradient`.
-
-    With a = s / max(‖s‖, ε) and b likewise, 1 − a·b = ½‖a − b‖² + ½(1 − ‖a‖²) + ½(1 − ‖b‖²). The
-    last two are 0 unless a norm is below ε, and the first is small where student and teacher
-    agree: no digit of it is lost, and it is never negative.
-    """
-    wide, masked = wide_dtype(student.dtype), _masked(mask)
-    if gradient is not None:
-        gradient = gradient.view(student.shape)
-        _clear_uncounted(gradient, mask)
-    losses = student.new_zeros(len(student), dtype=wide)
-    size = rows_within(chunk_bytes, student.shape[1], wide, tensors=3)
-    for chunk in chunks_of(len(student), size, mask, MASKED):
-        directions, norms, missing = [], [], []
-        for side in (student, teacher):
-            rows = side[chunk].to(wide)
-            if masked is not None:
-                rows = rows.masked_fill(~masked[chunk, None], 0)
-            norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-            norms.append(norm.clamp_min(COSINE_EPS))
-            directions.append(rows / norms[-1])
-            # 1 − ‖a‖² would be rounding where a is of length 1.
-            shortfall = 1 - (norm / norms[-1]).square()
-            missing.append(torch.where(norm < COSINE_EPS, shortfall, 0.0))
-        difference = torch.sub(*directions)
-        loss = (difference.square().sum(1, keepdim=True) + missing[0] + missing[1]) / 2
-        losses[chunk] = loss.squeeze(1)
-        if gradient is not None:
-            # ∂L/∂s = (cos · a − b) / ‖s‖ = (a − b − L · a) / ‖s‖; a norm below ε is a constant.
-            shrink = torch.where(missing[0] > 0, 1.0, loss)
-            by_student = difference.sub_(directions[0].mul_(shrink))
-            gradient[chunk] = by_student.mul_(_of(scale, chunk, wide) / norms[0])
-    if masked is not None:
-        losses.masked_fill_(~masked, 0)
     return losses
 
 
@@ -278,9 +361,11 @@ class _HiddenLoss(torch.autograd.Function):
         ctx.operation, ctx.needed, ctx.settings = operation, needed, settings
         ctx.dtypes = [None if x is None else x.dtype for x in tensors]
         # Without a reduction every token has an incoming gradient of its own: it is applied where
-        # the token is at hand, which a sum over tokens must wait for anyway.
+        # the token is at hand, which a sum over tokens must wait for anyway. And a half-precision
+        # gradient is rounded where it is computed, once, with the incoming scale inside.
         per_token = settings["reduction"] == "none"
-        ctx.deferred = per_token and any(needed)
+        rounded = not _is_projected(tensors, needed) and tensors[0].dtype in HALF
+        ctx.deferred = any(needed) and (per_token or rounded)
         gradients = [None] * len(needed)
         if not ctx.deferred:
             gradients = _gradient_buffers(tensors, needed)
@@ -304,7 +389,7 @@ class _HiddenLoss(torch.autograd.Function):
                 None if gradient is None else scale_gradient(gradient, incoming)
                 for gradient in ctx.saved_tensors
             ]
-        # Half precision is rounded to once, with the incoming scale inside.
+        # A projection's gradients are sums over tokens in wide precision, and rounded now.
         gradients = [
             None if gradient is None else gradient.to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=False)
@@ -312,6 +397,10 @@ class _HiddenLoss(torch.autograd.Function):
         others = len(ctx.dtypes) - len(gradients)
         # For the three arguments before the tensors, and the tensors that are never differentiated.
         return None, None, None, *gradients, *[None] * others
+
+
+def _is_projected(tensors: tuple[Tensor | None, ...], needed: tuple[bool, ...]) -> bool:
+    return any(tensor is not None for tensor in tensors[1 : len(needed)])
 
 
 def _accumulated_in(tensors: tuple[Tensor | None, ...]) -> torch.dtype:
@@ -322,9 +411,14 @@ def _accumulated_in(tensors: tuple[Tensor | None, ...]) -> torch.dtype:
 def _gradient_buffers(
     tensors: tuple[Tensor | None, ...], needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """One for each of the leading tensors that needs a gradient."""
+    """One for each of the leading tensors that needs a gradient.
+
+    In the student's own precision where nothing is added up in it.
+    """
     students = tensors[: len(needed)]
-    dtype = _accumulated_in(students)
+    dtype = students[0].dtype
+    if _is_projected(tensors, needed):
+        dtype = _accumulated_in(students)
     return [
         fresh(*tensor.shape, dtype=dtype, device=tensor.device) if need else None
         for tensor, need in zip(students, needed, strict=True)
@@ -377,11 +471,6 @@ def _check_projection(
         check_floating("bias", bias)
         check_shape("bias", bias, widths[:1], "the teacher's features")
         check_same_device("bias", bias, student.device)
-
-
-def _chunk_bytes(device: torch.device, on_cpu: int) -> int:
-    budget = chunk_budget(device)
-    return min(budget, on_cpu) if device.type == "cpu" else budget
 
 
 def _needed(*tensors: Tensor | None) -> tuple[bool, ...]:
@@ -442,7 +531,7 @@ def hidden_mse(
         autocast = torch.get_autocast_dtype(device.type)
     settings = {
         "reduction": reduction,
-        "chunk_bytes": _chunk_bytes(device, CACHED_BYTES if weight is None else PROJECTED_BYTES),
+        "chunk_bytes": _chunk_bytes(device, PROJECTED_BYTES),
         "autocast": autocast,
     }
     needed = _needed(student, weight, bias)
@@ -485,8 +574,5 @@ def hidden_cosine(
     """
     _check_states(student, teacher, mask, reduction)
     check_shape("teacher", teacher, student.shape, "the student's shape")
-    settings = {
-        "reduction": reduction,
-        "chunk_bytes": _chunk_bytes(student.device, CACHED_BYTES),
-    }
+    settings = {"reduction": reduction}
     return _HiddenLoss.apply("hidden_cosine", _needed(student), settings, student, teacher, mask)

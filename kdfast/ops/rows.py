@@ -43,6 +43,20 @@ class Addresses:
             return 0, 0, 0, "float32"
         return rows.data_ptr(), *rows.stride()[:2], str(rows.dtype).removeprefix("torch.")
 
+    def heads(self, tensor: Tensor | None) -> tuple[int, int, int, int, int, str]:
+        """The same of `[samples, heads, tokens, channels]`: three strides, and how many heads."""
+        if tensor is None:
+            return 0, 0, 0, 0, 0, "float32"
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            tensor = tensor.contiguous()
+        self._keep.append(tensor)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return tensor.data_ptr(), *tensor.stride()[:3], tensor.shape[1], dtype
+
+    def mask(self, mask: Tensor | None) -> int:
+        """The address of one bool per row, 0 for none."""
+        return 0 if mask is None else self.contiguous(mask, torch.bool)
+
     def per_row(self, values: Tensor | float | None, dtype: torch.dtype) -> tuple[int, int]:
         """The address of one value per row, and the step between them: 0 repeats a single value."""
         if values is None:

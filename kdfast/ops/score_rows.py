@@ -58,6 +58,10 @@ class _Rows:
             self._held[kind] = (samples, tokens), rows
         return rows
 
+    def operations(self, length: int, gradients: bool) -> tuple[int, int]:
+        """Of one sample by tiles and by Gram matrices, with or without both gradients."""
+        return self.tiled_operations(length, gradients), self.gram_operations(length, gradients)
+
     def _fresh(self, kind: str, *shape: int) -> Tensor:
         """Memory of a call, used again for each block: fresh pages cost more than the copy."""
         size = math.prod(shape)
@@ -90,13 +94,11 @@ class PairedRows(_Rows):
         return (self.heads + self.matrices) * self.total_width * self.dtype.itemsize
 
     def gram_operations(self, length: int, gradients: bool) -> int:
-        """Of one sample, with or without both gradients."""
         gram = self.width * self.total_width + self.teacher_width**2
         gradient = gradients * self.total_width * self.width
         return 2 * length * (self.heads + self.matrices) * (gram + gradient)
 
     def tiled_operations(self, length: int, gradients: bool) -> int:
-        """Of one sample, with or without both gradients."""
         return 2 * length**2 * self.heads * (self.total_width + 2 * gradients * self.width)
 
     def _joined(self, kind: str, student: Tensor, teacher: Tensor) -> Tensor:

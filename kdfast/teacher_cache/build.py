@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kdfast.files import fsync_all, temporary_of
 from kdfast.ops.arguments import check_choice, check_count, check_number
 from kdfast.ops.sampled_softmax import sampled_softmax
 from kdfast.ops.truncated_softmax import TruncatedSoftmax, truncated_softmax
@@ -31,7 +32,6 @@ from kdfast.teacher_cache.format import (
     check_checksum,
     check_size,
     differences,
-    fsync,
     layout_of,
     read_manifest,
     rename,
@@ -39,7 +39,6 @@ from kdfast.teacher_cache.format import (
     shard_count,
     shard_name,
     shard_samples,
-    temporary_of,
     write_manifest,
     writing,
 )
@@ -222,8 +221,7 @@ def _save_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase | None) 
     temporary = temporary_of(path)
     with writing(temporary):
         tokenizer.save_pretrained(temporary)
-        for path_to_flush in (*temporary.iterdir(), temporary):
-            fsync(path_to_flush)
+        fsync_all(temporary)
     rename(temporary, path)
 
 

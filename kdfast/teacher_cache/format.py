@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kdfast import files
+
 FORMAT = "kdfast teacher cache"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
-# Behind a name: what is being written. Only a rename takes it away.
-TEMPORARY = ".tmp"
 
 # A sample is read with the row group that it stands in: 280 KB at 4.3 bytes per entry.
 ROW_GROUP_ENTRIES = 65536
@@ -261,12 +261,8 @@ def shard_count(manifest: dict) -> int:
 def write_manifest(directory: Path, manifest: dict) -> None:
     text = json.dumps(manifest, indent=1) + "\n"
     path = directory / MANIFEST
-    temporary = temporary_of(path)
-    with writing(temporary), open(temporary, "wb") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    rename(temporary, path)
+    with writing(path):
+        files.write(path, text.encode())
 
 
 def read_manifest(directory: Path) -> dict:
@@ -333,26 +329,10 @@ def check_checksum(path: Path, entry: dict) -> None:
         )
 
 
-def temporary_of(path: Path) -> Path:
-    return path.with_name(path.name + TEMPORARY)
-
-
 def rename(temporary: Path, path: Path) -> None:
     """The whole file or the one before, after a power failure too."""
     with writing(path):
-        os.replace(temporary, path)
-        fsync(path.parent)
-
-
-def fsync(path: Path) -> None:
-    # Windows opens no directory, and needs not.
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        files.rename(temporary, path)
 
 
 @contextmanager

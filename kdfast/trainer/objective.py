@@ -9,16 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.ops.arguments import (
+    INTEGER,
     check_choice,
     check_count,
     check_number,
+    check_per_token,
     checked_vocab_size,
+    values_are_checked,
 )
 from kdfast.ops.hidden import hidden_mse
 from kdfast.ops.kd_loss import kd_loss
 from kdfast.ops.linear_kd_loss import linear_kd_loss
 from kdfast.ops.linear_topk_kd_loss import linear_topk_kd_loss
 from kdfast.ops.sampled_softmax import sampled_softmax
+from kdfast.ops.tokens import check_values
 from kdfast.ops.topk_kd_loss import topk_kd_loss
 from kdfast.ops.truncated_softmax import TruncatedSoftmax, truncated_softmax
 from kdfast.reference import DIVERGENCES, TAIL_DIVERGENCES, TAILS
@@ -343,6 +347,11 @@ class Objective:
             without its weight and without T²; `logit_loss` and `hard_loss` are the others without
             their weights, `hard_loss` absent without labels.
         """
+        if self.soft is not None and labels is not None and labels.is_floating_point():
+            raise TypeError(
+                f"labels must be classes where the objective has {type(self.soft).__name__}, got "
+                f"{labels.dtype}: of a regression the teacher's values are learnt by LogitMSE"
+            )
         if isinstance(self.soft, TruncatedLogits) and isinstance(teacher, Tensor):
             vocab_size = checked_vocab_size(
                 vocab_size,
@@ -387,13 +396,24 @@ class Objective:
         """What is left without a soft term, or without a teacher's outputs."""
         if labels is None or (self.hard is None and self.soft is None):
             return 0.0, {}
-        logits = logits[..., :vocab_size].float().flatten(0, -2)
+        logits = logits[..., :vocab_size].float()
         if labels.is_floating_point():
+            if labels.numel() != logits.numel():
+                raise ValueError(
+                    "labels of a regression must be as many as the student's values "
+                    f"{tuple(logits.shape)}, got {tuple(labels.shape)}"
+                )
             loss = nn.functional.mse_loss(logits, labels.view_as(logits), reduction="sum")
             counted = labels.numel()
         else:
+            check_per_token("labels", labels, logits.shape[:-1], logits.device, INTEGER)
+            if values_are_checked(labels.device):
+                check_values(labels, {}, IGNORE_INDEX, logits.shape[-1])
             loss = nn.functional.cross_entropy(
-                logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+                logits.flatten(0, -2),
+                labels.flatten().long(),
+                ignore_index=IGNORE_INDEX,
+                reduction="sum",
             )
             counted = (labels != IGNORE_INDEX).sum()
         loss = loss / torch.as_tensor(counted if num_items is None else num_items).clamp_min(1)

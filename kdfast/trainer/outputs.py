@@ -29,7 +29,9 @@ def pop_labels(inputs: dict[str, Tensor], *, shift: bool) -> Tensor | None:
             `shift_labels`.
     """
     spans = [inputs.pop(name, None) for name in SPAN_LABELS]
-    if spans[0] is not None:
+    if any(span is not None for span in spans):
+        if any(span is None for span in spans):
+            raise ValueError(f"the batch must have both of {SPAN_LABELS}, or none of them")
         length = inputs["input_ids"].shape[1]
         ends = torch.stack(spans, 1)
         # As models have it, an end that was cut off with the text counts for nothing.

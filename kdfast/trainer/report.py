@@ -18,8 +18,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kdfast.files import fsync, temporary_of
 from kdfast.ops.arguments import check_count
-from kdfast.teacher_cache.format import fsync, temporary_of
 
 REPORT = "report.md"
 CURVES = "report.png"

@@ -17,6 +17,37 @@ _READERS = {
 }
 
 
+def load_rows(path: str | Path) -> Dataset:
+    """A file's rows, with the columns that it has.
+
+    Args:
+        path: .json, .jsonl, .csv or .parquet; or .txt, whose paragraphs are rows with a column
+            `text`.
+
+    Raises:
+        ValueError: a suffix that is none of these, no row at all.
+
+    Example:
+        >>> load_rows("reviews.csv").column_names
+    """
+    path = Path(path)
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(f"{path} must end in one of {', '.join(_READERS)}")
+    options = {"sample_by": "paragraph"} if reader is Dataset.from_text else {}
+    rows = ()
+    try:
+        # datasets has a different error for each kind of empty file.
+        if path.stat().st_size > 0:
+            rows = reader(str(path), **options)
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+    if len(rows) == 0:
+        raise ValueError(f"{path} holds no rows")
+    return rows
+
+
 def load_documents(paths: Sequence[str | Path], text_column: str = "text") -> Dataset:
     """One row per document, in a column `text`.
 
@@ -34,13 +65,9 @@ def load_documents(paths: Sequence[str | Path], text_column: str = "text") -> Da
     """
     parts = []
     for path in map(Path, paths):
-        reader = _READERS.get(path.suffix.lower())
-        if reader is None:
-            raise ValueError(f"{path} must end in one of {', '.join(_READERS)}")
-        if reader is Dataset.from_text:
-            documents = reader(str(path), sample_by="paragraph")
-        else:
-            documents = _text_column(reader(str(path)), text_column, path)
+        documents = load_rows(path)
+        if path.suffix.lower() != ".txt":
+            documents = _text_column(documents, text_column, path)
         parts.append(
             documents.filter(lambda text: bool(text and text.strip()), input_columns="text")
         )

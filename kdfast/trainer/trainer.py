@@ -175,6 +175,12 @@ class DistillationTrainer(WholeCheckpoints):
             raise ValueError(
                 "teacher and student must be two models, got one: the teacher is frozen"
             )
+        config = getattr(self.model, "config", None)
+        if getattr(config, "problem_type", None) == "multi_label_classification":
+            raise ValueError(
+                "the student's problem_type must not be 'multi_label_classification': no term has "
+                "the loss of several labels"
+            )
         if self.compute_loss_func is not None:
             raise ValueError(
                 "compute_loss_func would replace the objective; pass objective instead"
