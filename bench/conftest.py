@@ -39,7 +39,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "linear_kd_loss, 512x50257:float32:k64 for truncated_softmax and topk_kd_loss, "
         "512x384x30522:float32:k64 for linear_topk_kd_loss, 8x12x128x64x64:float32 (batch, heads, "
         "tokens, both models' channels of a head) for attention_mse, 8192x312x768:float32 (rows, "
-        "both widths) for hidden_mse and hidden_cosine; a suite that no shape fits is skipped",
+        "both widths) for hidden_mse and hidden_cosine, 8x128x30522x4x312x6x384:float32 (batch, "
+        "tokens, vocabulary, both models' layers and widths) for training_step; a suite that no "
+        "shape fits is skipped",
     )
 
 

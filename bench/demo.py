@@ -7,25 +7,21 @@ table and a plot of what they know, how fast they are and what the loss costs; t
 if distillation did not help.
 """
 
-import ast
 import copy
 import math
-import random
 import shutil
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from demo_text import collect_documents, split_documents, train_bpe
 from matplotlib.ticker import FormatStrFormatter
 from measure import median_seconds, peak_bytes
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -49,7 +45,6 @@ VOCAB = 8192
 BLOCK = 128
 BATCH = 8
 HELD_OUT_SHARE = 0.06
-END_OF_TEXT = "<|endoftext|>"
 
 TEACHER = {"hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
 STUDENT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -91,8 +86,8 @@ def main() -> int:
     started = time.perf_counter()
     OUTPUT.mkdir(parents=True, exist_ok=True)
 
-    training_texts, held_out_texts = split_documents(collect_documents())
-    tokenizer = train_tokenizer(training_texts)
+    training_texts, held_out_texts = split_documents(collect_documents(), HELD_OUT_SHARE, SEED)
+    tokenizer = train_bpe(training_texts, VOCAB)
     blocks, held_out = pack(training_texts, tokenizer), pack(held_out_texts, tokenizer)
     print(
         f"{len(blocks) * BLOCK:,} training tokens, {len(held_out) * BLOCK:,} held out; "
@@ -154,57 +149,6 @@ def main() -> int:
         )
         return 1
     return 0
-
-
-def collect_documents() -> list[list[str]]:
-    """Python's language reference, a topic a document, and its library's docstrings, by module."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    documents = [topics[name].split("\n\n") for name in sorted(topics)]
-    for path in sorted(library.rglob("*.py")):
-        # What pip installed is no part of Python, and tests hold little prose.
-        if {"site-packages", "dist-packages", "test", "tests"} & set(
-            path.relative_to(library).parts
-        ):
-            continue
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):
-            # Among them lib2to3's samples of what Python cannot parse.
-            continue
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        docstrings = (
-            ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)
-        )
-        documents.append([text for text in docstrings if text])
-    return documents
-
-
-def split_documents(documents: list[list[str]]) -> tuple[list[str], list[str]]:
-    """Training and held-out texts: whole documents, and no paragraph twice anywhere."""
-    seen: set[str] = set()
-    texts = []
-    for paragraphs in documents:
-        new = [text for text in dict.fromkeys(paragraphs) if text not in seen]
-        seen.update(new)
-        if new:
-            texts.append("\n\n".join(new))
-    random.Random(SEED).shuffle(texts)
-    count = round(HELD_OUT_SHARE * len(texts))
-    return texts[count:], texts[:count]
-
-
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT)
 
 
 def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[dict[str, Tensor]]:

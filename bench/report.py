@@ -240,6 +240,23 @@ def _hidden_details(entry: Measurement) -> list[str]:
     ]
 
 
+def _training_step_summary(members: list[Measurement]) -> list[str]:
+    fused, eager = _of(members, "kdfast"), _of(members, "eager")
+    models = _of(members, "bare models")
+    # What the literal recipe adds to the models that it can do with, and not that these are slower.
+    own_models = _of(members, "bare models eager") or models
+    shares = [
+        f"{1 - bare['seconds'] / step['seconds']:.1%}" if bare else "–"
+        for step, bare in ((fused, models), (eager, own_models))
+    ]
+    return [
+        _cell(models, decimals=2),
+        _cell(eager, decimals=2),
+        " / ".join(shares),
+        f"{_mebibytes(fused, gradients=False)} / {_mebibytes(eager, gradients=False)} MiB",
+    ]
+
+
 @dataclass(frozen=True)
 class Layout:
     """What an operation's tables show besides times, and who is in them."""
@@ -308,6 +325,17 @@ LAYOUTS = {
         "GB/s | of a copy | extra MiB",
         _hidden_details,
         memory="the peak above the inputs and the gradients",
+    ),
+    "training_step": Layout(
+        "models alone | the papers' code | loss in the step, kdfast / the papers' code"
+        " | extra memory, kdfast / the papers' code",
+        _training_step_summary,
+        "× models | extra MiB",
+        lambda entry: [
+            f"{entry['of_ceiling']:.2f}×" if "of_ceiling" in entry else "–",
+            _mebibytes(entry, gradients=False),
+        ],
+        memory="the peak above the models and the gradients",
     ),
 }
 

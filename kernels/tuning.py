@@ -93,9 +93,9 @@ ATTENTION_MSE: dict[int, tuple[tuple[float, dict[str, dict[str, int]]], ...]] = 
             128,
             {
                 "grams": {"BLOCK": 64, "SLAB": 64, "num_warps": 8, "num_stages": 2},
-                "products": {"BLOCK": 64, "STEP": 32, "num_warps": 4, "num_stages": 2},
+                "products": {"BLOCK": 64, "STEP": 32, "num_warps": 8, "num_stages": 2},
                 "scores": {"BLOCK": 32, "STEP": 32, "num_warps": 4, "num_stages": 2},
-                "fused": {"BLOCK": 32, "STEP": 32, "SLAB": 64, "num_warps": 8, "num_stages": 2},
+                "fused": {"BLOCK": 32, "STEP": 32, "SLAB": 32, "num_warps": 8, "num_stages": 2},
             },
         ),
         (
@@ -123,7 +123,7 @@ ATTENTION_MSE: dict[int, tuple[tuple[float, dict[str, dict[str, int]]], ...]] = 
             {
                 "grams": {"BLOCK": 16, "SLAB": 16, "num_warps": 8, "num_stages": 2},
                 "products": {"BLOCK": 32, "STEP": 16, "num_warps": 4, "num_stages": 2},
-                "scores": {"BLOCK": 16, "STEP": 16, "num_warps": 4, "num_stages": 2},
+                "scores": {"BLOCK": 16, "STEP": 32, "num_warps": 8, "num_stages": 2},
                 "fused": {"BLOCK": 16, "STEP": 16, "SLAB": 16, "num_warps": 8, "num_stages": 2},
             },
         ),

@@ -19,6 +19,7 @@ import bench_kd_loss
 import bench_linear_kd_loss
 import bench_linear_topk_kd_loss
 import bench_topk_kd_loss
+import bench_training_step
 import bench_truncated_softmax
 import hidden_peers
 import kd_loss_peers
@@ -28,6 +29,7 @@ import measure
 import peers
 import report
 import topk_kd_loss_peers
+import training_step_peers
 import truncated_softmax_peers
 
 BENCH = Path(measure.__file__).parent
@@ -396,6 +398,86 @@ def test_every_member_between_hidden_states_has_the_same_definition(
     assert ("bare products" in found) == (width == 24)
     assert "kdfast" in found
     assert not any(found.values())
+
+
+STEP_SIZES = (3, 20, 101, 2, 24, 4, 36, "float32")
+
+
+@pytest.mark.parametrize("recipe", bench_training_step.RECIPES)
+def test_every_step_is_the_literal_one(recipe):
+    case = training_step_peers.StepCase(recipe, *STEP_SIZES)
+    problem = bench_training_step.problem_of(case)
+    with_gradient = {"tinybert_general": "projection.weight", "hinton": "cls.predictions.bias"}
+    for name, parameter in with_gradient.items():
+        assert (parameter in problem.gradients) == (name == recipe)
+    names = []
+    for member in training_step_peers.members_of(case):
+        trial = bench_training_step.trial_of(case, member)
+        # What a member leaves behind must not change the next one.
+        for _ in range(2):
+            trial.reset()
+            trial.step()
+            assert trial.wrong(trial.errors()) == []
+        names.append(member.name)
+        trial.reset()
+        assert all(leaf.grad is None for leaf in problem.leaves.values())
+    assert names[:3] == ["kdfast", "bare models", "eager"]
+
+
+def test_a_step_that_forgets_a_layer_or_a_parameter_is_wrong():
+    case = training_step_peers.StepCase("tinybert_general", *STEP_SIZES)
+    trial = bench_training_step.trial_of(case, training_step_peers.EAGER)
+    trial.reset()
+    trial.step()
+    leaves = bench_training_step.problem_of(case).leaves
+    leaf = leaves["bert.encoder.layer.0.attention.self.query.weight"]
+    leaf.grad *= 1.01
+    assert trial.wrong(trial.errors()) == ["gradient"]
+    leaf.grad = None
+    assert trial.wrong(trial.errors()) == ["gradient"]
+    trial.reset()
+
+    short = training_step_peers.Member(
+        "short", lambda case: lambda models: lambda: training_step_peers.tinybert_loss(models) / 2
+    )
+    trial = bench_training_step.trial_of(case, short)
+    trial.step()
+    assert trial.wrong(trial.errors()) == ["loss", "gradient"]
+
+
+def test_suite_on_training_steps(tmp_path):
+    shown, kept = _measure_and_report(
+        tmp_path, "kdfast or bare or eager", "3x20x101x2x24x4x36:float32"
+    )
+    assert [*kept] == ["training_step"]
+    groups = report.grouped(kept["training_step"]["measurements"])
+    shape = "3×20×101 2×24 from 4×36 float32"
+    assert [*groups] == [
+        f"training_step {recipe} {shape}" for recipe in bench_training_step.RECIPES
+    ]
+    assert not any(entry["wrong"] for members in groups.values() for entry in members)
+    assert shown.count("| a part of the work |") == 3
+    header, _, *rows = report.summary("training_step", groups).splitlines()
+    assert len(rows) == 2
+    assert all(row.count("|") == header.count("|") for row in rows)
+    assert f"<!-- training_step:begin -->\n{header}\n" in (tmp_path / "README.md").read_text()
+
+
+def test_the_share_of_a_loss_is_what_its_own_models_leave():
+    def member(name: str, seconds: float) -> dict:
+        ceiling = name.startswith("bare")
+        sizes = {"peak_bytes": 3 * MIB, "gradient_bytes": MIB, "is_ceiling": ceiling}
+        return {"group": "g", "member": name, "seconds": seconds, "wrong": [], **sizes}
+
+    members = [member("kdfast", 1.0), member("bare models", 0.9), member("eager", 2.0)]
+    for others, eager_share in (([], "55.0%"), ([member("bare models eager", 1.2)], "40.0%")):
+        (group,) = report.grouped([*members, *others]).values()
+        assert report.LAYOUTS["training_step"].summary_cells(group) == [
+            "900 ms (0.90×)",
+            "2000 ms (2.00×)",
+            f"10.0% / {eager_share}",
+            "2 / 2 MiB",
+        ]
 
 
 def test_a_loss_without_a_number_is_wrong():

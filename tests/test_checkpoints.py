@@ -150,6 +150,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 import safetensors.torch, transformers.modeling_utils
 import test_checkpoints as cases
+from kdfast.trainer import projections
 
 folder = sys.argv[2]
 WRITES = os.O_WRONLY | os.O_RDWR
@@ -185,7 +186,7 @@ def stop(at, output):
     torch.save = halved(torch.save)
     save_file = halved(safetensors.torch.save_file)
     transformers.modeling_utils.safe_save_file = save_file
-    cases.projections.save_file = save_file
+    projections.save_file = save_file
 
 
 def started(output, stop_at=None, environment=None, **arguments):
@@ -219,21 +220,31 @@ def forked(output, **options):
 options = dict(save_total_limit=1)
 assert forked(f"{folder}/steps/whole", **options) == 0
 steps = []
-while (status := forked(output := f"{folder}/steps/{len(steps)}", stop_at=len(steps), **options)):
-    steps.append([status, forked(output, **options)])
+
+
+def attempt():
+    return forked(f"{folder}/steps/{len(steps)}", stop_at=len(steps), **options)
+
+
+while (status := attempt()) < 0:
+    steps.append([status, forked(f"{folder}/steps/{len(steps)}", **options)])
+assert status == 0
 
 # At random moments, again and again until it gets through.
 options = dict(max_steps=12, save_steps=1, save_total_limit=2)
 start = time.perf_counter()
 assert forked(f"{folder}/moments/whole", **options) == 0
 duration = time.perf_counter() - start
-chance, moments = random.Random(0), []
-while not moments or moments[-1] < 0:
-    child = started(f"{folder}/moments/killed", **options)
-    if len(moments) < 8:
-        time.sleep(chance.uniform(duration * 0.2, duration * 0.6))
+chance, moments, runs = random.Random(0), [], 0
+while len(moments) < 8:
+    status = -signal.SIGKILL
+    while status < 0:
+        child = started(f"{folder}/moments/{runs}", **options)
+        time.sleep(chance.uniform(0, duration * 0.6))
         os.kill(child, signal.SIGKILL)
-    moments.append(ended(child))
+        status = ended(child)
+        moments += [status] if status < 0 else []
+    runs += 1
 
 
 # One of two processes, and then the other, as a launcher does.
@@ -285,41 +296,47 @@ def names_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
+def assert_ended_alike(folder: Path) -> None:
+    """Every run is as the one that was not interrupted."""
+    whole = folder / "whole"
+    runs = [run for run in folder.iterdir() if run != whole]
+    assert runs
+    for run in runs:
+        for older in run.glob("checkpoint-*"):
+            # One that was to be deleted when the process was killed, after its last checkpoint.
+            if not (whole / older.name).exists():
+                assert flaw_of(older) is None
+                shutil.rmtree(older)
+        assert names_in(run) == names_in(whole)
+        assert_same(run, whole)
+
+
 def test_killed_at_any_step_a_run_ends_with_the_same_bits(killed):
     folder, steps, _, _ = killed
-    whole = folder / "steps" / "whole"
     # Two checkpoints of nine files, one of which is deleted, and a model.
     assert len(steps) >= 45
     assert {status for status, _ in steps} == {-signal.SIGKILL}
-    # From where it goes on is all that the kill decides.
+    # From where it went on.
     resumed = [step for _, step in steps]
     assert resumed == sorted(resumed)
     assert set(resumed) == {0, 2, 4}
-    for number in range(len(steps)):
-        assert names_in(folder / "steps" / str(number)) == names_in(whole)
-        assert_same(folder / "steps" / str(number), whole)
+    assert_ended_alike(folder / "steps")
 
 
 def test_killed_at_random_again_and_again_a_run_ends_with_the_same_bits(killed):
     folder, _, moments, _ = killed
-    *kills, last = moments
-    assert kills == 8 * [-signal.SIGKILL]
-    assert last > 0
-    folder = folder / "moments"
-    assert names_in(folder / "killed") == names_in(folder / "whole")
-    assert_same(folder / "killed", folder / "whole")
+    assert len(moments) >= 8
+    assert {*moments} == {-signal.SIGKILL}
+    assert_ended_alike(folder / "moments")
 
 
 def test_two_processes_of_which_one_is_killed_end_with_the_same_bits(killed):
     folder, _, _, pairs = killed
     assert {status for status, _ in pairs} == {-signal.SIGKILL}
     assert [resumed for _, resumed in pairs] == [[0, 0], [2, 2], [0, 0], [2, 2]]
-    whole = folder / "pairs" / "whole"
     random_states = {f"checkpoint-4/rng_state_{rank}.pth" for rank in range(2)}
-    assert random_states < names_in(whole)
-    for number in range(len(pairs)):
-        assert names_in(folder / "pairs" / str(number)) == names_in(whole)
-        assert_same(folder / "pairs" / str(number), whole)
+    assert random_states < names_in(folder / "pairs" / "whole")
+    assert_ended_alike(folder / "pairs")
 
 
 def plain(folder: Path, cls: type[Trainer], **arguments: object) -> Trainer:

@@ -1,5 +1,6 @@
 import json
 import math
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from transformers import (
 from transformers.utils import logging
 
 from kdfast.cli.errors import CommandError
-from kdfast.cli.inputs import load_config, load_model, task_of
+from kdfast.cli.inputs import Data, load_blocks, load_config, load_model, settle_data, task_of
 from kdfast.cli.tasks import (
     Prepared,
     classification_metrics,
@@ -200,6 +201,20 @@ def test_classes_of_a_file_are_the_teachers_by_name(prepared, write, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("table", ["id2label", "label2id", "both"])
+def test_a_config_may_have_one_table_of_its_classes(prepared, write, table):
+    config = bert_config(num_labels=3)
+    if table != "label2id":
+        config.id2label = dict(enumerate(CLASSES))
+    if table != "id2label":
+        config.label2id = {name: i for i, name in enumerate(CLASSES)}
+    path = write([{"text": "a", "label": "good"}])
+    result = prepared("sequence-classification", path, config=config)
+    assert result.train["labels"][:] == [1]
+    assert result.student_settings["id2label"] == dict(enumerate(CLASSES))
+    assert result.student_settings["label2id"] == {name: i for i, name in enumerate(CLASSES)}
+
+
 @pytest.mark.parametrize(
     ("config", "note"),
     [
@@ -350,7 +365,7 @@ def test_answers_are_the_tokens_around_them(prepared, write, suffix, padding_sid
         for ids, (start, end) in zip(batch["input_ids"], spans, strict=True)
     ]
     assert found == [*answers.values(), ["the"]]
-    # [CLS] what is red [SEP] the; and the second of two: [CLS] what [SEP] the film is green ##ish and
+    # The first: [CLS] what is red [SEP]; the second: [CLS] what [SEP] the film is green ##ish and
     assert batch["start_positions"][[4, 6]].tolist() == [5, 9]
     assert (result.metric, result.greater_is_better) == ("f1", True)
     assert tokenizer.padding_side == padding_side
@@ -544,6 +559,41 @@ def test_a_file_without_rows_is_an_error(tmp_path, name, text):
     path.write_text(text)
     with pytest.raises(Exception, match=f"{name} holds no rows"):
         load_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.jsonl", '{"text":\n'), ("a.csv", 'text\n"good'), ("a.parquet", "PAR1")]
+)
+def test_a_damaged_file_is_one_line(prepared, tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(CommandError) as caught:
+        prepared("sequence-classification", path)
+    error = str(caught.value)
+    assert error.startswith(f"cannot read the dataset: {path}: ")
+    assert "\n" not in error
+    assert "while generating" not in error
+
+
+def test_blocks_are_for_language_models(tmp_path, tokenizer):
+    (tmp_path / "text.txt").write_text("a film")
+    data = Data("token-classification", "tokens", 8, None, 0, 0)
+    with pytest.raises(CommandError, match="and the teacher is for token-classification; pass"):
+        load_blocks([tmp_path / "text.txt"], data, tokenizer)
+
+
+def test_every_task_has_its_text_column(tokenizer):
+    names = ("text_column", "block_size", "mlm_probability", "eval_fraction")
+    for task, column in (
+        ("causal-lm", "text"),
+        ("sequence-classification", "text"),
+        ("token-classification", "tokens"),
+        ("question-answering", "question"),
+    ):
+        arguments = Namespace(task=task, **dict.fromkeys(names))
+        assert settle_data(arguments, 0, tokenizer, named()).text_column == column
+        arguments.text_column = "body"
+        assert settle_data(arguments, 0, tokenizer, named()).text_column == "body"
 
 
 @pytest.mark.parametrize("per_token", [False, True])

@@ -1,5 +1,7 @@
 import copy
+import re
 from functools import partial
+from pathlib import Path
 
 import literal
 import pytest
@@ -35,6 +37,7 @@ from kdfast.trainer import (
     Objective,
     TruncatedLogits,
     initialise_from_teacher,
+    recipes,
 )
 from kdfast.trainer.recipes import (
     bilstm,
@@ -397,6 +400,45 @@ def test_learning_rates_of_tinybert(make_trainer, recipe, rates):
     for name, parameter in trainer.model.named_parameters():
         # As in the source: all but biases and normalisation.
         assert (id(parameter) in decayed) == (not ("bias" in name or "LayerNorm" in name)), name
+
+
+def documented_examples() -> list[str]:
+    text = Path(__file__).parents[1].joinpath("docs", "recipes.md").read_text("utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("number", range(len(documented_examples())))
+def test_the_documented_examples_run(tmp_path, monkeypatch, number):
+    monkeypatch.chdir(tmp_path)
+    tiny = {
+        "DistilBertConfig": lambda: distil(3).config,
+        "_tinybert_4": lambda: bert(8, 2).config,
+        "BiLSTMConfig": partial(
+            BiLSTMConfig, vocab_size=VOCAB, embedding_size=4, hidden_size=4, num_labels=3
+        ),
+    }
+    for name, small in tiny.items():
+        monkeypatch.setattr(recipes, name, small)
+    classifier = bert(16, 4, BertForSequenceClassification, num_labels=3)
+    teacher, text = bert(16, 4), masked_rows(6)
+    teacher.save_pretrained("bert")
+    classifier.save_pretrained("fine-tuned")
+    example = documented_examples()[number]
+    given = {
+        "student": bert(8, 2),
+        "teacher": classifier if "sentences" in example else teacher,
+        "larger": bert(24, 4),
+        "text": text,
+        "sentences": classified_rows(6),
+        "collator": default_data_collator,
+        "TrainingArguments": partial(
+            TrainingArguments, use_cpu=True, disable_tqdm=True, save_strategy="no"
+        ),
+    }
+    exec(compile(example, f"example {number}", "exec"), given)
+    if "trainer" in given:
+        assert given["trainer"].state.global_step >= 3
+        assert given["trainer"].state.log_history[-1]["train_loss"] > 0
 
 
 @pytest.mark.parametrize(

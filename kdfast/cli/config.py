@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -174,11 +173,3 @@ def _plain(value: object) -> object:
         return _plain(value.value)
     # Versions of torch are a kind of str that YAML does not know.
     return str(value) if isinstance(value, Path | str) else value
-
-
-def write(directory: Path, name: str, text: str) -> None:
-    """A file that is whole or not there."""
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f"{name}.partial"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, directory / name)

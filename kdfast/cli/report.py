@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from kdfast.cli.errors import reporting
+from kdfast.trainer.checkpoints import WholeCheckpoints, last_checkpoint
 from kdfast.trainer.report import ReportedModel, write_report
 
 if TYPE_CHECKING:
@@ -38,19 +38,17 @@ def train_alone(
     arguments = copy.copy(trainer.args)
     arguments.output_dir = str(Path(trainer.args.output_dir, ALONE))
     alone = _plain(student, arguments, prepared)
-    alone.train(resume_from_checkpoint=get_last_checkpoint_in(arguments.output_dir))
+    alone.train(resume_from_checkpoint=last_checkpoint(arguments.output_dir))
     alone.save_model()
     alone.save_state()
     return alone.model
 
 
-def get_last_checkpoint_in(directory: str) -> str | None:
-    return get_last_checkpoint(directory) if Path(directory).is_dir() else None
-
-
-def _plain(model: PreTrainedModel, arguments: TrainingArguments, prepared: Prepared) -> Trainer:
+def _plain(
+    model: PreTrainedModel, arguments: TrainingArguments, prepared: Prepared
+) -> WholeCheckpoints:
     with reporting():
-        return Trainer(
+        return WholeCheckpoints(
             model=model,
             args=arguments,
             train_dataset=prepared.train,

@@ -26,9 +26,10 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import kdfast
+from kdfast import files
 from kdfast.cli import config
 from kdfast.cli.errors import CommandError, reporting
 from kdfast.cli.inputs import (
@@ -57,6 +58,7 @@ from kdfast.trainer import (
     Recipe,
     initialise_from_teacher,
 )
+from kdfast.trainer.checkpoints import CheckpointError, last_checkpoint
 from kdfast.trainer.projections import FILE as PROJECTIONS
 
 if TYPE_CHECKING:
@@ -103,6 +105,7 @@ class Run:
         if isinstance(settings.student, Path) and settings.student != settings.follows:
             check_model("student", settings.student)
         check_dataset(settings.dataset)
+        check_dataset(settings.eval_dataset or ())
         if settings.seed is None:
             settings.seed = DEFAULT_SEED
         check_device(settings.device)
@@ -129,6 +132,8 @@ class Run:
             arguments.eval_strategy = "no"
             if settings.report:
                 raise CommandError("--report needs held-out data: raise --eval-fraction")
+        if settings.report and prepared.metric == "loss":
+            raise CommandError("--report needs labels: pass --label-column")
         text = config.text_of(self._resolved(data, arguments, configs[0]))
         if settings.resume and self._finished(text):
             print(f"{settings.output} is finished")
@@ -155,18 +160,25 @@ class Run:
             self._take_projections(trainer)
         main = trainer.is_world_process_zero()
         if main:
-            config.write(settings.output, config.FILE, text)
+            self._write(config.FILE, text)
         trainer.add_callback(_ConfigBesideCheckpoints(text))
-        trainer.train(resume_from_checkpoint=self.checkpoint)
-        trainer.save_model()
-        trainer.save_state()
+        try:
+            trainer.train(resume_from_checkpoint=self.checkpoint)
+            trainer.save_model()
+            trainer.save_state()
+        except CheckpointError as error:
+            raise CommandError(str(error)) from error
         results = results_of(trainer)
         if settings.report:
             alone = None if untrained is None else train_alone(untrained, trainer, prepared)
             results |= write_comparison(trainer, prepared, alone)
         if main:
-            config.write(settings.output, RESULTS, json.dumps(results, indent=2) + "\n")
+            self._write(RESULTS, json.dumps(results, indent=2) + "\n")
             print(f"student saved to {settings.output}")
+
+    def _write(self, name: str, text: str) -> None:
+        self.settings.output.mkdir(parents=True, exist_ok=True)
+        files.write(self.settings.output / name, text.encode())
 
     def _recipe(self) -> Recipe:
         settings = self.settings
@@ -210,7 +222,7 @@ class Run:
         output, resume = self.settings.output, self.settings.resume
         if output.exists() and not output.is_dir():
             raise CommandError(f"--output {output} is not a directory")
-        checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
+        checkpoint = last_checkpoint(output)
         # A stage may have been killed before it began, or before its first checkpoint.
         begun = checkpoint is not None or (output / config.FILE).exists()
         if resume and not begun and self.settings.name is None:
@@ -375,12 +387,12 @@ class Run:
     ) -> PreTrainedModel:
         settings = self.settings
         path = settings.student if isinstance(settings.student, Path) else None
-        trained = path is not None and path.is_dir() and has_weights(path)
-        if not trained:
-            for name, value in prepared.student_settings.items():
-                setattr(student_config, name, value)
-        load = load_model if data.task in LANGUAGE_TASKS else load_classifier
-        student = load("student", path, student_config, data.task)
+        if data.task in LANGUAGE_TASKS:
+            student = load_model("student", path, student_config, data.task)
+        else:
+            student = load_classifier(
+                "student", path, student_config, data.task, prepared.student_settings
+            )
         if settings.initialise is None and not self._initialises():
             return student
         if teacher is None or isinstance(teacher, Ensemble):
@@ -501,4 +513,4 @@ class _ConfigBesideCheckpoints(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-            config.write(folder, config.FILE, self._text)
+            files.write(folder / config.FILE, self._text.encode())

@@ -19,28 +19,25 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from transformers import (
+    DataCollator,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from kdfast.cli.errors import CommandError, reporting
 from kdfast.cli.inputs import TEXT_COLUMNS, has_weights, is_for, load_model, split
+from kdfast.trainer.head import IGNORE_INDEX
+from kdfast.trainer.text import load_rows
 
-# Imported by the functions that need them: `kdfast env` works without.
-if TYPE_CHECKING:
-    from datasets import Dataset, Features
-    from transformers import (
-        DataCollator,
-        EvalPrediction,
-        PreTrainedConfig,
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-    )
-
-# Of labels that count for nothing, as PyTorch has it.
-IGNORE_INDEX = -100
-
-# SQuAD's own script looks for answers of at most as many tokens.
+# Of an answer, as in BERT's run_squad.py.
 MAX_ANSWER_TOKENS = 30
 
 # The usual columns, of tasks that need them.
@@ -54,7 +51,7 @@ LISTED = 8
 CLASSIFICATIONS = ("sequence-classification", "token-classification")
 
 Batch = dict[str, list]
-Metrics = Callable[["EvalPrediction"], dict[str, float]]
+Metrics = Callable[[EvalPrediction], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,13 @@ def prepare(
         train, held_out = split(train, eval_fraction, seed)
     with reporting("cannot tokenize the dataset"):
         train, held_out = (
-            part.map(rows_of.tokenize, batched=True, remove_columns=part.column_names)
+            part.map(
+                rows_of.tokenize,
+                batched=True,
+                remove_columns=part.column_names,
+                # What is cached knows the settings, and not the code that they went through.
+                load_from_cache_file=False,
+            )
             for part in (train, held_out)
         )
     rows_of.check(train, held_out)
@@ -199,9 +202,11 @@ class _Classes:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> _Classes:
-        # A config may have no more than the other table.
-        numbers = config.label2id or {name: number for number, name in config.id2label.items()}
-        return cls(config.num_labels, dict(numbers))
+        classes = cls(config.num_labels, dict(config.label2id or {}))
+        # A config may have been given the other table alone.
+        if classes.generic:
+            classes = cls(classes.count, {name: number for number, name in config.id2label.items()})
+        return classes
 
     @property
     def listed(self) -> str:
@@ -268,7 +273,10 @@ class _Rows:
         self.compute_metrics = classification_metrics
         self.student_settings = {
             "num_labels": config.num_labels,
-            "id2label": dict(config.id2label),
+            "id2label": {
+                **config.id2label,
+                **{number: name for name, number in self.classes.numbers.items()},
+            },
             "label2id": self.classes.numbers,
         }
 
@@ -285,17 +293,13 @@ class _Rows:
 
     def load(self, files: Sequence[Path]) -> Dataset:
         """What is kept of the rows of all files."""
-        from datasets import concatenate_datasets
-
         rows = concatenate_datasets([self._read(path) for path in files])
         if len(rows) == 0:
             raise CommandError(f"{', '.join(map(str, files))}: no text in there")
         return rows
 
     def _read(self, path: Path) -> Dataset:
-        from kdfast.trainer.text import load_rows
-
-        with reporting(f"cannot read {path}"):
+        with reporting("cannot read the dataset"):
             rows = load_rows(path)
         for name in self.columns:
             if name not in rows.column_names:
@@ -322,6 +326,7 @@ class _Rows:
                 with_indices=True,
                 remove_columns=rows.column_names,
                 features=self.features,
+                load_from_cache_file=False,
             )
         if left_out := len(rows) - len(converted):
             print(f"kdfast: left out {left_out} rows of {path} without text", file=sys.stderr)
@@ -354,9 +359,6 @@ class _Sequences(_Rows):
         columns: tuple[str, str | None, str | None],
         max_length: int,
     ) -> None:
-        from datasets import Features, Value
-        from transformers import DataCollatorWithPadding
-
         super().__init__(tokenizer, config, columns, max_length)
         self.collator = DataCollatorWithPadding(tokenizer)
         problem = config.problem_type
@@ -407,9 +409,6 @@ class _Tokens(_Rows):
         columns: tuple[str, str | None, str | None],
         max_length: int,
     ) -> None:
-        from datasets import Features, List, Value
-        from transformers import DataCollatorForTokenClassification
-
         if columns[1] is not None:
             raise CommandError("--text-pair-column is for two texts, and words are one")
         super().__init__(tokenizer, config, columns, max_length)
@@ -468,9 +467,6 @@ class _Questions(_Rows):
         columns: tuple[str, str | None, str | None],
         max_length: int,
     ) -> None:
-        from datasets import Features, Value
-        from transformers import DataCollatorWithPadding
-
         question, context, answers = columns
         columns = (question, context or CONTEXT_COLUMN, answers)
         super().__init__(tokenizer, config, columns, max_length)
@@ -490,7 +486,9 @@ class _Questions(_Rows):
             }
         )
 
-    def convert(self, where: str, question: object, context: object, answers: object) -> tuple:
+    def convert(
+        self, where: str, question: object, context: object, answers: object
+    ) -> tuple | None:
         texts = _texts((question, context), where, self.columns)
         if texts is None:
             return None

@@ -22,7 +22,7 @@ CHUNK_BYTES = 16 << 20
 class Ensemble(nn.Module):
     """A teacher whose distribution is Σ w_i · softmax(z_i / T) over its members' logits z_i.
 
-    Hinton, Vinyals and Dean 2015, section 3. Its logits are T · log of that, so that every loss of
+    Hinton, Vinyals and Dean 2015, section 1. Its logits are T · log of that, so that every loss of
     logits at temperature T sees the mean, plus Σ w_i · T · log Σ exp(z_i / T) in every column,
     which no softmax sees. So one member's logits are its own, and those of a regression are the
     members' mean. `DistillationTrainer` sets T to its objective's.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 _READERS = {
@@ -25,7 +26,7 @@ def load_rows(path: str | Path) -> Dataset:
             `text`.
 
     Raises:
-        ValueError: a suffix that is none of these, no row at all.
+        ValueError: a suffix that is none of these, a file that is damaged, no row at all.
 
     Example:
         >>> load_rows("reviews.csv").column_names
@@ -40,9 +41,11 @@ def load_rows(path: str | Path) -> Dataset:
         # datasets has a different error for each kind of empty file.
         if path.stat().st_size > 0:
             rows = reader(str(path), **options)
-    except ValueError as error:
+    except (DatasetGenerationError, ValueError) as error:
         if "corresponds to no data" not in str(error):
-            raise
+            # A DatasetGenerationError says no more than that there was one.
+            reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+            raise ValueError(f"{path}: {reason}") from error
     if len(rows) == 0:
         raise ValueError(f"{path} holds no rows")
     return rows

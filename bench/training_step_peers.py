@@ -1,0 +1,227 @@
+"""The members of training_step: a recipe's forward, loss and backward on one batch.
+
+Each maps the models of a problem to a step, a function of no arguments that leaves gradients on the
+student and on the projection and returns the loss. "eager" is what the papers' code does:
+TinyBERT's attention keeps its raw scores, which only an eager one has, and Hinton's loss is made of
+both models' logits.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from peers import Member, only
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    BertForMaskedLM,
+    TrainingArguments,
+)
+from transformers.masking_utils import eager_mask
+
+from kdfast.trainer import RECIPES, DistillationTrainer
+
+# Scores that TinyBERT's code takes for masked ones.
+MASKED_FROM = -1e2
+
+TEMPERATURE, ALPHA = 2.0, 0.5
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """What every member of a group computes, and on what."""
+
+    recipe: str
+    batch: int
+    tokens: int
+    vocab: int
+    student_layers: int
+    student_width: int
+    teacher_layers: int
+    teacher_width: int
+    dtype: str
+    device: str = "cpu"
+
+    @property
+    def shape(self) -> str:
+        student = f"{self.student_layers}×{self.student_width}"
+        teacher = f"{self.teacher_layers}×{self.teacher_width}"
+        return f"{self.batch}×{self.tokens}×{self.vocab} {student} from {teacher} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Models:
+    """A student and a teacher, the projection between their hidden states, and a batch for both."""
+
+    student: BertForMaskedLM
+    teacher: BertForMaskedLM
+    projection: nn.Linear
+    batch: dict[str, Tensor]  # input_ids, attention_mask and labels, each (batch, tokens)
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.batch.items() if name != "labels"}
+
+    def use_attention(self, name: str) -> None:
+        for model in (self.student, self.teacher):
+            model.set_attn_implementation(name)
+
+
+Step = Callable[[], Tensor]
+
+
+def kdfast_step(case: StepCase) -> Callable[[Models], Step]:
+    """DistillationTrainer's own `training_step`."""
+    arguments = (TEMPERATURE, ALPHA) if case.recipe == "hinton" else ()
+
+    def prepare(models: Models) -> Step:
+        models.use_attention("sdpa")
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = DistillationTrainer(
+                model=models.student,
+                args=TrainingArguments(
+                    folder, use_cpu=case.device == "cpu", report_to=[], log_level="error"
+                ),
+                teacher=models.teacher,
+                objective=RECIPES[case.recipe](*arguments).objective,
+            )
+        # Set by `train`.
+        trainer.current_gradient_accumulation_steps = 1
+        if trainer.projections is not None:
+            trainer.projections.shared_weight = models.projection.weight
+            trainer.projections.shared_bias = models.projection.bias
+        return partial(trainer.training_step, models.student, models.batch)
+
+    return prepare
+
+
+def _scores_kept(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **_: object,
+) -> tuple[Tensor, Tensor]:
+    """TinyBERT's attention: its second output is the scores before the softmax."""
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    context = torch.matmul(F.softmax(scores, dim=-1), value)
+    return context.transpose(1, 2).contiguous(), scores
+
+
+AttentionInterface.register("scores_kept", _scores_kept)
+AttentionMaskInterface.register("scores_kept", eager_mask)
+
+
+def tinybert_loss(models: Models) -> Tensor:
+    """`general_distill.py` of huawei-noah/Pretrained-Language-Model, TinyBERT."""
+    asked = {**models.inputs, "output_attentions": True, "output_hidden_states": True}
+    student = models.student.bert(**asked)
+    with torch.no_grad():
+        teacher = models.teacher.bert(**asked)
+    block = len(teacher.attentions) // len(student.attentions)
+    loss = 0.0
+    for own, other in zip(student.attentions, teacher.attentions[block - 1 :: block], strict=True):
+        own = torch.where(own <= MASKED_FROM, torch.zeros_like(own), own)
+        other = torch.where(other <= MASKED_FROM, torch.zeros_like(other), other)
+        loss = loss + F.mse_loss(own, other)
+    for own, other in zip(student.hidden_states, teacher.hidden_states[::block], strict=True):
+        loss = loss + F.mse_loss(models.projection(own), other)
+    return loss
+
+
+def hinton_loss(models: Models) -> Tensor:
+    """What people write: a divergence of softened softmaxes, and the cross entropy."""
+    student = models.student(**models.inputs).logits.flatten(0, 1)
+    with torch.no_grad():
+        teacher = models.teacher(**models.inputs).logits.flatten(0, 1)
+    soft = F.kl_div(
+        F.log_softmax(student / TEMPERATURE, dim=-1),
+        F.softmax(teacher / TEMPERATURE, dim=-1),
+        reduction="batchmean",
+    )
+    hard = F.cross_entropy(student, models.batch["labels"].flatten())
+    return ALPHA * TEMPERATURE**2 * soft + (1 - ALPHA) * hard
+
+
+def literal_loss(case: StepCase, models: Models) -> Tensor:
+    return hinton_loss(models) if case.recipe == "hinton" else tinybert_loss(models)
+
+
+def attention_of(case: StepCase) -> str:
+    """The attention that the papers' code can do with."""
+    return "sdpa" if case.recipe == "hinton" else "scores_kept"
+
+
+def eager_step(case: StepCase) -> Callable[[Models], Step]:
+    def prepare(models: Models) -> Step:
+        models.use_attention(attention_of(case))
+        models.student.train()
+
+        def step() -> Tensor:
+            loss = literal_loss(case, models)
+            loss.backward()
+            return loss.detach()
+
+        return step
+
+    return prepare
+
+
+def bare_models(case: StepCase, attention: str = "sdpa") -> Callable[[Models], Step]:
+    """Both models' forward and the student's backward, from a gradient that is given.
+
+    With their output heads where the recipe has logits.
+    """
+
+    def prepare(models: Models) -> Step:
+        models.use_attention(attention)
+        models.student.train()
+        student, teacher = models.student, models.teacher
+        if case.recipe != "hinton":
+            student, teacher = student.bert, teacher.bert
+        with torch.no_grad():
+            gradient = torch.randn_like(student(**models.inputs)[0])
+
+        def step() -> Tensor:
+            with torch.no_grad():
+                teacher(**models.inputs)
+            outputs = student(**models.inputs)[0]
+            outputs.backward(gradient)
+            return outputs
+
+        return step
+
+    return prepare
+
+
+def _in_float32(write: Callable[[StepCase], Callable[[Models], Step]]) -> Callable:
+    def checked(case: StepCase) -> Callable[[Models], Step]:
+        only(case, dtype="float32")
+        return write(case)
+
+    return checked
+
+
+KDFAST = Member("kdfast", _in_float32(kdfast_step))
+MODELS = Member("bare models", _in_float32(bare_models), is_ceiling=True)
+EAGER = Member("eager", _in_float32(eager_step))
+# Those of the literal recipe, where it cannot have the fast attention.
+EAGER_MODELS = Member(
+    "bare models eager",
+    _in_float32(partial(bare_models, attention="eager")),
+    is_ceiling=True,
+)
+
+
+def members_of(case: StepCase) -> tuple[Member, ...]:
+    """Everyone who takes part in a case, the models alone right after kdfast: its bound."""
+    members = (KDFAST, MODELS, EAGER)
+    return members if case.recipe == "hinton" else (*members, EAGER_MODELS)
