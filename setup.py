@@ -1,7 +1,8 @@
 """Builds kdfast._C with CMake and ninja, without a torch header: one binary serves every torch.
 
-KDFAST_BUILD_CPP=auto|0|1: build the C++ extension if there is a compiler, never, or always. A build
-that starts and fails is an error.
+KDFAST_BUILD_CPP=auto|0|1: build the C++ extension if there is a compiler, never, or always.
+KDFAST_BUILD_CUDA=auto|0|1: with CUDA kernels in it if there is nvcc, without, or with them always.
+A build that starts and fails is an error.
 """
 
 import os
@@ -16,10 +17,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 
 
-def _setting() -> str:
-    setting = os.environ.get("KDFAST_BUILD_CPP", "auto")
+def _setting(name: str) -> str:
+    setting = os.environ.get(name, "auto")
     if setting not in ("auto", "0", "1"):
-        raise SystemExit(f"KDFAST_BUILD_CPP must be auto, 0 or 1, got {setting!r}")
+        raise SystemExit(f"{name} must be auto, 0 or 1, got {setting!r}")
     return setting
 
 
@@ -32,7 +33,9 @@ def _compiler() -> str | None:
 
 class BuildWithCMake(build_ext):
     def run(self) -> None:
-        if _compiler() is None and _setting() == "auto":
+        if _compiler() is None and _setting("KDFAST_BUILD_CPP") == "auto":
+            if _setting("KDFAST_BUILD_CUDA") == "1":
+                raise SystemExit("KDFAST_BUILD_CUDA=1 needs a C++ compiler, and none was found")
             self.extensions = []
             print(
                 "no C++ compiler found: kdfast installs without its CPU kernels "
@@ -62,10 +65,14 @@ class BuildWithCMake(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DKDFAST_OUTPUT_DIR={target.parent}",
             f"-DKDFAST_OUTPUT_NAME={target.name}",
+            f"-DKDFAST_BUILD_CUDA={_setting('KDFAST_BUILD_CUDA')}",
         ]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
 
+
+if _setting("KDFAST_BUILD_CPP") == "0" and _setting("KDFAST_BUILD_CUDA") == "1":
+    raise SystemExit("KDFAST_BUILD_CUDA=1 builds into the C++ extension: not with KDFAST_BUILD_CPP=0")
 
 setup(
     # An explicit list: the repository's kernels/ is installed as kdfast.kernels.
@@ -79,6 +86,6 @@ setup(
         "kdfast.kernels",
     ],
     package_dir={"kdfast.kernels": "kernels"},
-    ext_modules=[] if _setting() == "0" else [Extension("kdfast._C", sources=[])],
+    ext_modules=[] if _setting("KDFAST_BUILD_CPP") == "0" else [Extension("kdfast._C", sources=[])],
     cmdclass={"build_ext": BuildWithCMake},
 )

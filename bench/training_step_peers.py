@@ -126,14 +126,18 @@ def tinybert_loss(models: Models) -> Tensor:
     student = models.student.bert(**asked)
     with torch.no_grad():
         teacher = models.teacher.bert(**asked)
-    block = len(teacher.attentions) // len(student.attentions)
+    layers, teacher_layers = len(student.attentions), len(teacher.attentions)
+    # Which state of the teacher each of the student's learns, embeddings first. The source insists
+    # on a multiple of the student's layers, and has every so many-th.
+    states = [i * teacher_layers // layers for i in range(layers + 1)]
     loss = 0.0
-    for own, other in zip(student.attentions, teacher.attentions[block - 1 :: block], strict=True):
+    for own, state in zip(student.attentions, states[1:], strict=True):
+        other = teacher.attentions[state - 1]
         own = torch.where(own <= MASKED_FROM, torch.zeros_like(own), own)
         other = torch.where(other <= MASKED_FROM, torch.zeros_like(other), other)
         loss = loss + F.mse_loss(own, other)
-    for own, other in zip(student.hidden_states, teacher.hidden_states[::block], strict=True):
-        loss = loss + F.mse_loss(models.projection(own), other)
+    for own, state in zip(student.hidden_states, states, strict=True):
+        loss = loss + F.mse_loss(models.projection(own), teacher.hidden_states[state])
     return loss
 
 

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 
@@ -14,6 +15,9 @@
 #include "cpu/pages.h"
 #include "cpu/topk_kd_loss.h"
 #include "cpu/truncated_softmax.h"
+#if defined(KDFAST_CUDA)
+#include "cuda/kd_loss.h"
+#endif
 
 namespace py = pybind11;
 
@@ -249,9 +253,79 @@ void attention_mse(const HeadsTuple& student_query, const HeadsTuple& student_ke
   kdfast::attention_mse(call);
 }
 
+#if defined(KDFAST_CUDA)
+
+// Address and step of one value per row; without an address, the value for all of them.
+using RowValuesTuple = std::tuple<Address, int64_t, float>;
+
+kdfast::RowValues row_values(const RowValuesTuple& tuple) {
+  const auto& [data, step, otherwise] = tuple;
+  return {reinterpret_cast<const float*>(data), step, otherwise};
+}
+
+void kd_loss_rows_cuda(const MatrixTuple& student, const MatrixTuple& teacher,
+                       const MatrixTuple& gradient, int64_t rows, int64_t inner_rows, int64_t width,
+                       int vocab_size, Address labels, int64_t ignore_index,
+                       const RowValuesTuple& token_weight, const RowValuesTuple& temperature,
+                       const RowValuesTuple& teacher_temperature, const RowValuesTuple& grad_scale,
+                       Address losses, int divergence, double beta, double alpha, bool scale_t2,
+                       bool need_hard, bool hard_is_soft, int blocks, int device,
+                       uintptr_t stream) {
+  kdfast::ClusterKdLoss call = {};
+  call.student = matrix(student);
+  call.teacher = matrix(teacher);
+  call.gradient = matrix(gradient);
+  call.rows = rows;
+  call.inner_rows = inner_rows;
+  call.width = width;
+  call.vocab_size = vocab_size;
+  call.labels = reinterpret_cast<const int64_t*>(labels);
+  call.ignore_index = ignore_index;
+  call.token_weight = row_values(token_weight);
+  call.temperature = row_values(temperature);
+  call.teacher_temperature = row_values(teacher_temperature);
+  call.grad_scale = row_values(grad_scale);
+  call.losses = reinterpret_cast<float*>(losses);
+  call.divergence = static_cast<kdfast::Divergence>(divergence);
+  kdfast::set_shares(call, beta, alpha);
+  call.scale_t2 = scale_t2;
+  call.need_hard = need_hard;
+  call.hard_is_soft = hard_is_soft;
+  py::gil_scoped_release release;
+  const std::string error = kdfast::kd_loss_in_clusters(call, blocks, device, stream);
+  if (!error.empty()) throw std::runtime_error("kd_loss: the CUDA kernel did not start: " + error);
+}
+
+void define_cuda(py::module_& module) {
+  module.def("cuda_runtime_problem", &kdfast::cuda_runtime_problem);
+  module.def(
+      "plan_kd_loss_cluster",
+      [](int device, int64_t vocab_size, const std::string& student, const std::string& teacher,
+         int divergence) {
+        const kdfast::ClusterPlan plan =
+            kdfast::plan_kd_loss_cluster(device, vocab_size, dtype_of(student), dtype_of(teacher),
+                                         static_cast<kdfast::Divergence>(divergence));
+        return std::pair(plan.blocks, plan.reason);
+      },
+      py::arg("device"), py::arg("vocab_size"), py::arg("student"), py::arg("teacher"),
+      py::arg("divergence"));
+  module.def("kd_loss_rows_cuda", &kd_loss_rows_cuda, py::kw_only(), py::arg("student"),
+             py::arg("teacher"), py::arg("gradient"), py::arg("rows"), py::arg("inner_rows"),
+             py::arg("width"), py::arg("vocab_size"), py::arg("labels"), py::arg("ignore_index"),
+             py::arg("token_weight"), py::arg("temperature"), py::arg("teacher_temperature"),
+             py::arg("grad_scale"), py::arg("losses"), py::arg("divergence"), py::arg("beta"),
+             py::arg("alpha"), py::arg("scale_t2"), py::arg("need_hard"), py::arg("hard_is_soft"),
+             py::arg("blocks"), py::arg("device"), py::arg("stream"));
+}
+
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
+#if defined(KDFAST_CUDA)
+  define_cuda(module);
+#endif
   const auto define_attention_mse = [&module](const char* name, auto function) {
     module.def(name, function, py::kw_only(), py::arg("student_query"), py::arg("student_key"),
                py::arg("teacher_query"), py::arg("teacher_key"), py::arg("query_gradient"),

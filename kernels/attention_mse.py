@@ -821,9 +821,9 @@ def fused_gram_kernel(
 ):
     """gram_kernel, join_kernel and both gradients of one matrix, for a sequence that L2 holds.
 
-    One program per matrix, which must have a key head of the student to itself. Traffic: one read
-    of all inputs and one write of the gradients; the second read comes from L2. Same bits as the
-    kernels apart, whose sums it takes in the same order.
+    One program per matrix, which must have a key head of the student to itself. Sums are taken
+    chunk by chunk, as in the kernels apart. Traffic: one read of all inputs and one write of the
+    gradients; the second read, and that of the Gram matrices, come from L2.
     """
     SIZE: tl.constexpr = (
         STUDENT_COLUMNS * STUDENT_COLUMNS

@@ -400,7 +400,8 @@ def test_every_member_between_hidden_states_has_the_same_definition(
     assert not any(found.values())
 
 
-STEP_SIZES = (3, 20, 101, 2, 24, 4, 36, "float32")
+# As in the suite, the teacher's layers are no multiple of the student's.
+STEP_SIZES = (3, 20, 101, 2, 24, 3, 36, "float32")
 
 
 @pytest.mark.parametrize("recipe", bench_training_step.RECIPES)
@@ -447,11 +448,11 @@ def test_a_step_that_forgets_a_layer_or_a_parameter_is_wrong():
 
 def test_suite_on_training_steps(tmp_path):
     shown, kept = _measure_and_report(
-        tmp_path, "kdfast or bare or eager", "3x20x101x2x24x4x36:float32"
+        tmp_path, "kdfast or bare or eager", "3x20x101x2x24x3x36:float32"
     )
     assert [*kept] == ["training_step"]
     groups = report.grouped(kept["training_step"]["measurements"])
-    shape = "3×20×101 2×24 from 4×36 float32"
+    shape = "3×20×101 2×24 from 3×36 float32"
     assert [*groups] == [
         f"training_step {recipe} {shape}" for recipe in bench_training_step.RECIPES
     ]

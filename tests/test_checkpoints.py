@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -133,11 +134,23 @@ def assert_same(folder: Path, whole: Path) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_garbage():
-    # Which Trainer looks for at each start, among all that was imported.
+def quick():
+    # Trainer collects garbage at each start: not among all that was imported.
     gc.freeze()
+    # Of models this small the threads would only wait for each other.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     gc.unfreeze()
+
+
+def assert_whole(folder: str) -> None:
+    """Nothing that has a name is without a part, whoever reads it."""
+    for path in Path(folder).glob("checkpoint-*"):
+        assert flaw_of(path) is None, (path, flaw_of(path))
+    for path in Path(folder).glob("*.safetensors"):
+        assert load_file(path)
 
 
 # Interruptions. The script imports once and forks a process per attempt.
@@ -213,7 +226,9 @@ def ended(child):
 
 def forked(output, **options):
     # The step from which it went on, or a signal's negative number.
-    return ended(started(output, **options))
+    status = ended(started(output, **options))
+    cases.assert_whole(output)
+    return status
 
 
 # At every step of a run with two checkpoints, of which one stays, and a model at the end.
@@ -243,6 +258,7 @@ while len(moments) < 8:
         time.sleep(chance.uniform(0, duration * 0.6))
         os.kill(child, signal.SIGKILL)
         status = ended(child)
+        cases.assert_whole(f"{folder}/moments/{runs}")
         moments += [status] if status < 0 else []
     runs += 1
 
@@ -267,6 +283,7 @@ def pair(output, rank=0, stop_at=None):
     status = ended(children[rank])
     os.kill(children[1 - rank], signal.SIGKILL)
     ended(children[1 - rank])
+    cases.assert_whole(output)
     return status
 
 
@@ -619,7 +636,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("before", ["one file", "shards", "another model"])
 @pytest.mark.parametrize("after", ["one file", "shards"])
 def test_readers_find_the_model_before_or_the_new_one(tmp_path, monkeypatch, before, after):
-    sizes = {"one file": "1GB", "another model": "1GB", "shards": "12KB"}
+    sizes = {"one file": "1GB", "another model": "1GB", "shards": "3KB"}
     trainer = plain(tmp_path, WholeCheckpoints)
     old = bert(16 if before == "another model" else 8, 1)
     with torch.no_grad():

@@ -28,14 +28,8 @@ from transformers.utils import logging
 
 from kdfast.cli.errors import CommandError
 from kdfast.cli.inputs import Data, load_blocks, load_config, load_model, settle_data, task_of
-from kdfast.cli.tasks import (
-    Prepared,
-    classification_metrics,
-    load_classifier,
-    prepare,
-    regression_metrics,
-    span_metrics,
-)
+from kdfast.cli.metrics import classification_metrics, regression_metrics, span_metrics
+from kdfast.cli.tasks import Prepared, load_classifier, prepare
 from kdfast.trainer import BiLSTMConfig, BiLSTMForSequenceClassification, DistillationTrainer
 from kdfast.trainer.objective import HardLabels, LogitMSE, Logits, Objective
 from kdfast.trainer.outputs import pop_labels
@@ -348,7 +342,8 @@ def test_answers_are_the_tokens_around_them(prepared, write, suffix, padding_sid
     }
     tokenizer = make_tokenizer(padding_side=padding_side)
     rows = [asked(answer) for answer in answers] + [
-        asked("the", 4 + CONTEXT[4:].find("the"), question="what")
+        asked("the", 4 + CONTEXT[4:].find("the"), question="what"),
+        asked("  the ", 0, context="  the film "),
     ]
     result = prepared(
         "question-answering",
@@ -364,7 +359,7 @@ def test_answers_are_the_tokens_around_them(prepared, write, suffix, padding_sid
         tokenizer.convert_ids_to_tokens(ids[start : end + 1].tolist())
         for ids, (start, end) in zip(batch["input_ids"], spans, strict=True)
     ]
-    assert found == [*answers.values(), ["the"]]
+    assert found == [*answers.values(), ["the"], ["the"]]
     # The first: [CLS] what is red [SEP]; the second: [CLS] what [SEP] the film is green ##ish and
     assert batch["start_positions"][[4, 6]].tolist() == [5, 9]
     assert (result.metric, result.greater_is_better) == ("f1", True)

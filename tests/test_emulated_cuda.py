@@ -82,6 +82,7 @@ class ClusterKdLoss(ctypes.Structure):
         ("grad_scale", RowValues),
         ("losses", ctypes.c_void_p),
         ("divergence", ctypes.c_int),
+        # From here to the two shares of the loss filled in by set_shares.
         ("teacher_share", ctypes.c_float),
         ("student_share", ctypes.c_float),
         ("shares_gap", ctypes.c_float),
@@ -123,7 +124,62 @@ def misaligned(values, offset):
 
 
 @pytest.fixture
-def swept(device):
+def launched(device):
+    """The losses of the kernel, `[3, rows]`."""
+
+    def launch(
+        student,
+        teacher,
+        labels,
+        weight,
+        temperature,
+        teacher_temperature,
+        grad_scale,
+        gradient,
+        *,
+        divergence,
+        beta,
+        scale_t2,
+        alpha,
+        ignore_index,
+        vocab_size,
+        need_hard,
+        blocks=2,
+        seed=0,
+    ):
+        outer, inner, width = student.shape
+        losses = torch.full((3, outer * inner), math.nan)
+        call = ClusterKdLoss(
+            Matrix(student), Matrix(teacher), Matrix(gradient), outer * inner, inner, width,
+            vocab_size, None if labels is None else labels.data_ptr(), ignore_index,
+            RowValues(weight), RowValues(temperature), RowValues(teacher_temperature),
+            RowValues(grad_scale), losses.data_ptr(), DIVERGENCES.index(divergence),
+            0, 0, 0, 0, 0, scale_t2,
+            labels is not None and (need_hard or alpha < 1),
+            not isinstance(temperature, torch.Tensor) and temperature == 1,
+        )  # fmt: skip
+        error = device.kd_loss_in_clusters(
+            ctypes.byref(call), ctypes.c_double(beta), ctypes.c_double(alpha),
+            ctypes.c_int64(teacher.shape[-1]), blocks, seed,
+        )  # fmt: skip
+        assert error == b""
+        return losses
+
+    return launch
+
+
+OPTIONS = {
+    "divergence": "forward_kl",
+    "beta": 0.3,
+    "scale_t2": True,
+    "alpha": 1.0,
+    "ignore_index": IGNORED,
+    "need_hard": True,
+}
+
+
+@pytest.fixture
+def swept(launched):
     """Losses and gradient of the kernel, and the same of the specification in float64."""
 
     def sweep(
@@ -136,28 +192,18 @@ def swept(device):
         grad_scale=None,
         gradient=None,
         *,
+        need_gradient=True,
         blocks=2,
         seed=0,
-        need_gradient=True,
         **options,
     ):
-        options = {
-            "divergence": "forward_kl",
-            "beta": 0.3,
-            "scale_t2": True,
-            "alpha": 1.0,
-            "ignore_index": IGNORED,
-            "vocab_size": student.shape[-1],
-            "need_hard": True,
-            **options,
-        }
+        options = {**OPTIONS, "vocab_size": student.shape[-1], **options}
         teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
         per_row = (labels, weight, temperature, teacher_temperature, grad_scale)
         leading = student.shape[:2]
-        rows = leading.numel()
 
         def shaped(value):
-            single = not isinstance(value, torch.Tensor) or value.numel() == 1 != rows
+            single = not isinstance(value, torch.Tensor) or value.numel() == 1 != leading.numel()
             return value if single else value.view(leading)
 
         expected_gradient = torch.empty(student.shape, dtype=torch.float64)
@@ -166,24 +212,9 @@ def swept(device):
         ).flatten(1)
         if gradient is None and need_gradient:
             gradient = torch.full(student.shape, math.nan)
-        losses = torch.full((3, rows), math.nan)
-        alpha, beta = options["alpha"], options["beta"]
-        teacher_share = 1 - beta if options["divergence"] == "skew_reverse_kl" else beta
-        call = ClusterKdLoss(
-            Matrix(student), Matrix(teacher), Matrix(gradient), rows, student.shape[1],
-            student.shape[2], options["vocab_size"],
-            None if labels is None else labels.data_ptr(), IGNORED, RowValues(weight),
-            RowValues(temperature), RowValues(teacher_temperature), RowValues(grad_scale),
-            losses.data_ptr(), DIVERGENCES.index(options["divergence"]), teacher_share,
-            1 - teacher_share,
-            math.log2(1 - teacher_share) - math.log2(teacher_share) if teacher_share < 1 else -1e9,
-            alpha, 1 - alpha, options["scale_t2"],
-            labels is not None and (options["need_hard"] or alpha < 1), temperature == 1.0,
-        )  # fmt: skip
-        error = device.kd_loss_in_clusters(
-            ctypes.byref(call), ctypes.c_int64(teacher.shape[-1]), blocks, seed
+        losses = launched(
+            student, teacher, *per_row, gradient, blocks=blocks, seed=seed, **options
         )
-        assert error == b""
         return losses, gradient, expected, expected_gradient
 
     return sweep
@@ -444,12 +475,12 @@ def test_large_logits_and_extreme_temperatures(divergence, temperature, swept):
     assert gradient.isfinite().all()
 
 
-def test_a_label_outside_the_vocabulary_makes_its_row_nan(swept):
+@pytest.mark.parametrize("label", [-1, 128, 2**40])
+def test_a_label_outside_the_vocabulary_makes_its_row_nan(label, launched):
     student, teacher = logits(1, 3, 130), logits(1, 3, 130)
-    labels = torch.tensor([5, 5, 129])
-    expected, *_ = swept(student, teacher, labels, alpha=0.5)
-    student = student[..., :128].clone()
-    losses, *_ = swept(student, teacher, torch.tensor([5, -1, 3]), alpha=0.5, vocab_size=128)
+    labels = torch.tensor([5, label, 3])
+    options = {**OPTIONS, "alpha": 0.5, "vocab_size": 128}
+    losses = launched(student, teacher, labels, None, 1.0, 1.0, None, None, **options)
     assert losses[0].isnan().tolist() == [False, True, False]
 
 

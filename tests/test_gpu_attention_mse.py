@@ -45,10 +45,18 @@ def oracle(arguments, *, method=None, **options):
     return losses.detach(), {name: arguments[name].grad for name in STUDENT}
 
 
+def assert_sums_close(found, expected, dtype):
+    if dtype == torch.float32:
+        assert_loss_close(found, expected, dtype)
+    else:
+        # Tensor cores truncate their sums of half precision: by simulation 1e-6.
+        assert ((found - expected).abs() <= 4e-6 * expected).all()
+
+
 def check(arguments, **options):
     dtype = arguments["student_query"].dtype
     found, expected = sums(arguments, **options), oracle(arguments, **options)
-    assert_loss_close(found[0], expected[0], dtype)
+    assert_sums_close(found[0], expected[0], dtype)
     for name in STUDENT:
         assert found[1][name].dtype == dtype
         assert_gradient_close(found[1][name], expected[1][name])
@@ -93,7 +101,7 @@ def test_views_and_types(dtype, method, causal):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [64, 128])
-def test_one_program_per_head_gives_the_same_bits(width, dtype, monkeypatch):
+def test_one_program_per_head(width, dtype, monkeypatch):
     arguments = on_device(attention(2, 600, (4, 4), (2, 2), widths=(width, width), dtype=dtype))
     options = {"method": "gram", **on_device(masks(2, 600))}
     check(arguments, **options)
@@ -101,8 +109,12 @@ def test_one_program_per_head_gives_the_same_bits(width, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "FEWEST_FUSED_PROGRAMS", 1)
     check(arguments, **options)
     fused = sums(arguments, **options)
-    # The two take sums in one order, but their products may be of different instructions.
-    assert_loss_close(fused[0], apart[0], dtype)
+    # Their blocks differ, and so may the order within a chunk.
+    assert_sums_close(fused[0], apart[0], dtype)
+    for name in STUDENT:
+        assert relative_error(fused[1][name], apart[1][name]) < (
+            1e-6 if dtype.itemsize == 4 else 2e-3
+        )
 
 
 def test_many_heads_are_fused(monkeypatch):
@@ -191,7 +203,7 @@ def test_long_sequences(causal):
     with kdfast.backend("torch"):
         precise = {name: tensor.double() for name, tensor in arguments.items()}
         expected = sums(precise, method="gram", causal=causal)
-    assert relative_error(found[0], expected[0]) < 3e-6
+    assert_sums_close(found[0], expected[0], torch.bfloat16)
     for name in STUDENT:
         assert_gradient_close(found[1][name], expected[1][name])
 

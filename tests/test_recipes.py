@@ -29,11 +29,15 @@ from transformers import (
     default_data_collator,
 )
 
+from kdfast.teacher_cache import build_cache
 from kdfast.trainer import (
     RECIPES,
     BiLSTMConfig,
     BiLSTMForSequenceClassification,
     HardLabels,
+    HiddenMSE,
+    LogitMSE,
+    Logits,
     Objective,
     TruncatedLogits,
     initialise_from_teacher,
@@ -224,6 +228,50 @@ def test_a_truncated_teacher_of_all_tokens(make_trainer, fuse_head):
     entropy = -(probs * probs.log()).sum(-1).mean()
     assert_terms(trainer._terms, soft_loss=soft - entropy, hard_loss=hard)
     assert_same_gradients(found, gradients_of(own))
+
+
+@pytest.mark.parametrize("fuse_head", [True, False])
+def test_a_cached_teacher_of_all_tokens(make_trainer, tmp_path, fuse_head):
+    student, teacher, rows = distil(), bert(16, 4), masked_rows(6)
+    cache = build_cache(teacher, rows, tmp_path / "cache", k=5, temperature=2.0)
+    options = {"fuse_head": fuse_head}
+    found = make_trainer(
+        copy.deepcopy(student),
+        None,
+        [Logits(1.0, 2.0, tokens="all")],
+        rows,
+        {**options, "teacher_cache": cache},
+        max_steps=1,
+        per_device_train_batch_size=6,
+    )
+    assert found.objective.soft.tokens == "all"
+    live = [TruncatedLogits(1.0, 5, "bucket", 2.0, tokens="all")]
+    expected = make_trainer(
+        student, teacher, live, rows, options, max_steps=1, per_device_train_batch_size=6
+    )
+    logs = []
+    for trainer in (found, expected):
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    for name in ("loss", "soft_loss", "grad_norm"):
+        # The cache has float16 probabilities.
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=5e-3), name
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ([LogitMSE()], "no LogitMSE with a teacher cache"),
+        ([LogitMSE(), Logits()], "no LogitMSE with a teacher cache"),
+        ([HiddenMSE()], "must have Logits or TruncatedLogits"),
+        ([Logits(per_class=True)], "per_class must be False"),
+    ],
+)
+def test_what_a_cache_does_not_have(make_trainer, tmp_path, objective, message):
+    rows = masked_rows(2)
+    cache = build_cache(bert(16, 1), rows, tmp_path / "cache", k=5)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(distil(), None, objective, rows, {"teacher_cache": cache})
 
 
 @pytest.mark.parametrize(
@@ -431,13 +479,17 @@ def test_the_documented_examples_run(tmp_path, monkeypatch, number):
         "text": text,
         "sentences": classified_rows(6),
         "collator": default_data_collator,
-        "TrainingArguments": partial(
-            TrainingArguments, use_cpu=True, disable_tqdm=True, save_strategy="no"
+        "TrainingArguments": lambda folder, **arguments: TrainingArguments(
+            folder,
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+            **{**arguments, "max_steps": 2, "gradient_accumulation_steps": 1},
         ),
     }
     exec(compile(example, f"example {number}", "exec"), given)
     if "trainer" in given:
-        assert given["trainer"].state.global_step >= 3
+        assert given["trainer"].state.global_step == 2
         assert given["trainer"].state.log_history[-1]["train_loss"] > 0
 
 

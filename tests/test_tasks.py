@@ -173,6 +173,16 @@ def test_the_error_of_logits_is_of_what_counts(make_trainer, make, rows):
     assert_same_gradients(found, gradients_of(own))
 
 
+def test_a_truncated_teacher_has_its_logits_still(make_trainer):
+    student, teacher = sequences(8, 1), sequences(16, 2)
+    batch = default_data_collator(classified(5))
+    trainer = make_trainer(student, teacher, [TruncatedLogits(k=2), LogitMSE()])
+    trainer.compute_loss(student.train(), dict(batch))
+    with torch.no_grad():
+        expected = nn.MSELoss()(logits_of(student, batch), logits_of(teacher, batch))
+    torch.testing.assert_close(trainer._terms["logit_loss"], expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("values", [1, 2])
 def test_a_regression_is_the_literal_one(make_trainer, values):
     make = partial(numbers, num_labels=values, problem_type="regression")

@@ -1,6 +1,9 @@
 #include <cuda_runtime.h>
 
-#include <algorithm>
+#include <limits>
+#include <mutex>
+#include <set>
+#include <utility>
 
 #include "kd_loss_kernel.cuh"
 
@@ -25,20 +28,29 @@ struct Launch {
   Launch(const Launch&) = delete;
 };
 
-// Kernels have these limits lifted once per device, before anything asks how they fit.
-cudaError_t lift_limits(Kernel kernel, int bytes) {
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  // More than 8 blocks are not portable: a device may have no room for them.
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  return error;
-}
-
 std::string text_of(cudaError_t error) {
   // The error must not be found by whoever asks next.
   cudaGetLastError();
   return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+}
+
+// Lets a kernel have all of a device's shared memory, once per device.
+cudaError_t lift_limits(Kernel kernel, int device) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, Kernel>> lifted;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (lifted.count({device, kernel})) return cudaSuccess;
+  int bytes = 0;
+  cudaError_t error =
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  for (const auto& [attribute, value] :
+       {std::pair(cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        std::pair(cudaFuncAttributePreferredSharedMemoryCarveout, int(cudaSharedmemCarveoutMaxShared)),
+        // More than 8 blocks are not portable: a device may have no room for them.
+        std::pair(cudaFuncAttributeNonPortableClusterSizeAllowed, 1)})
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, attribute, value);
+  if (error == cudaSuccess) lifted.insert({device, kernel});
+  return error;
 }
 
 // The device of a scope, for this copy of the CUDA runtime.
@@ -76,12 +88,12 @@ ClusterPlan plan_kd_loss_cluster(int device, int64_t vocab_size, DType student, 
   // else the largest cluster that the device can schedule.
   const int comfortable = all_bytes / kBlocksPerMultiprocessor - reserved_bytes;
   const Kernel kernel = kernel_for(divergence, student, teacher);
+  if (const cudaError_t error = lift_limits(kernel, device)) return {0, text_of(error)};
   ClusterPlan plan = {0, ""};
   for (int blocks = 1; blocks <= kMostClusterBlocks; blocks *= 2) {
     if (vocab_size > int64_t(blocks) * (kMostChunks - 1) * kChunkColumns) continue;
     const int bytes = shared_bytes(span_of(int(vocab_size), blocks), student, teacher);
     if (bytes > most_bytes) continue;
-    if (const cudaError_t error = lift_limits(kernel, bytes)) return {0, text_of(error)};
     Launch launch(1, blocks, bytes, nullptr);
     int clusters = 0;
     // A cluster size that the device does not know is an error, one that does not fit a zero.
@@ -102,13 +114,15 @@ ClusterPlan plan_kd_loss_cluster(int device, int64_t vocab_size, DType student, 
 std::string kd_loss_in_clusters(const ClusterKdLoss& call, int blocks, int device,
                                 uintptr_t stream) {
   if (call.rows == 0) return "";
+  if (call.rows > std::numeric_limits<int32_t>::max() / blocks)
+    return std::to_string(call.rows) + " rows are more than a grid has clusters";
   const OnDevice on_device(device);
   if (on_device.error != cudaSuccess) return text_of(on_device.error);
   const DType student = call.student.dtype, teacher = call.teacher.dtype;
   const Kernel kernel = kernel_for(call.divergence, student, teacher);
   const int span = span_of(call.vocab_size, blocks);
   const int bytes = shared_bytes(span, student, teacher);
-  cudaError_t error = lift_limits(kernel, bytes);
+  cudaError_t error = lift_limits(kernel, device);
   if (error != cudaSuccess) return text_of(error);
   Launch launch(call.rows, blocks, bytes, reinterpret_cast<cudaStream_t>(stream));
   error = cudaLaunchKernelEx(&launch.config, kernel, call, span);

@@ -2,6 +2,7 @@
 // CUDA header is needed to read it.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <string>
 
@@ -45,6 +46,16 @@ struct ClusterKdLoss {
   bool need_hard;
   bool hard_is_soft;  // temperature 1 for every row
 };
+
+inline void set_shares(ClusterKdLoss& call, double beta, double alpha) {
+  const double teacher_share =
+      call.divergence == Divergence::kSkewReverseKl ? 1 - beta : beta;
+  call.teacher_share = float(teacher_share);
+  call.student_share = float(1 - teacher_share);
+  call.shares_gap = float(std::log2(1 - teacher_share) - std::log2(teacher_share));
+  call.soft_share = float(alpha);
+  call.hard_share = float(1 - alpha);
+}
 
 // How a row is laid over a cluster and into the shared memory of its blocks.
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import sys
 from collections.abc import Iterator
+from logging import CRITICAL
 
 
 class CommandError(Exception):
@@ -38,9 +39,12 @@ def need(what: str, *packages: str) -> None:
 
 def silence_libraries() -> None:
     # Loading bars that nobody watches are noise, and would stand beside an error's one line.
+    import datasets
+
     if not sys.stderr.isatty():
-        import datasets
         from transformers.utils import logging
 
         datasets.disable_progress_bars()
         logging.disable_progress_bar()
+    # What it has to say of a file that is damaged comes with its error.
+    datasets.utils.logging.set_verbosity(CRITICAL)

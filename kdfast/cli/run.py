@@ -311,6 +311,10 @@ class Run:
                 seed=data.seed,
                 eval_files=settings.eval_dataset,
             )
+            # Of sequences alone, labels may be missing.
+            labelled = prepared.metric != "loss"
+            if not labelled and self.recipe.objective.needs_labels(per_token=False):
+                raise CommandError("the objective needs labels: pass --label-column")
         return tokenizer, data, prepared, [student, *teachers], vocab_size
 
     def _prepare_blocks(self, data: Data, tokenizer: PreTrainedTokenizerBase) -> Prepared:

@@ -32,6 +32,12 @@ def fitted(objective: Objective, cache: TeacherCache) -> Objective:
         ValueError: the soft term does not fit the cache.
     """
     soft = objective.soft
+    if soft is None or objective.logit_mse is not None:
+        names = ", ".join(type(term).__name__ for term in objective.terms)
+        raise ValueError(
+            "objective must have Logits or TruncatedLogits and no LogitMSE with a teacher cache, "
+            f"which has probabilities alone, got {names}"
+        )
     if isinstance(soft, Logits):
         truncated = _truncated(soft, cache)
         logger.warning_once(
@@ -71,6 +77,8 @@ def _truncated(soft: Logits, cache: TeacherCache) -> TruncatedLogits:
             "teacher_temperature must be the temperature with a teacher cache, "
             f"got {soft.teacher_temperature:g} and {soft.temperature:g}"
         )
+    if soft.per_class:
+        raise ValueError("per_class must be False with a teacher cache, whose entries are few")
     return TruncatedLogits(
         soft.weight,
         k=cache.k,
@@ -80,6 +88,7 @@ def _truncated(soft: Logits, cache: TeacherCache) -> TruncatedLogits:
         beta=soft.beta,
         scale_t2=soft.scale_t2,
         draws=cache.k if cache.sampled else None,
+        tokens=soft.tokens,
     )
 
 

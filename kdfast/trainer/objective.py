@@ -352,6 +352,7 @@ class Objective:
                 f"labels must be classes where the objective has {type(self.soft).__name__}, got "
                 f"{labels.dtype}: of a regression the teacher's values are learnt by LogitMSE"
             )
+        teacher_logits = teacher
         if isinstance(self.soft, TruncatedLogits) and isinstance(teacher, Tensor):
             vocab_size = checked_vocab_size(
                 vocab_size,
@@ -381,7 +382,7 @@ class Objective:
                 student_logits.shape[-1] if vocab_size is None else vocab_size,
             )
         if self.logit_mse is not None and teacher is not None:
-            loss = _logit_mse(student_logits, teacher, labels, num_items, vocab_size)
+            loss = _logit_mse(student_logits, teacher_logits, labels, num_items, vocab_size)
             total = total + self.logit_mse.weight * loss
             terms["logit_loss"] = loss.detach()
         return total, terms

@@ -262,6 +262,11 @@ class Step:
                 if self.objective.hard is not None
                 else f"the batch has no labels: they say which tokens count ({IGNORE_INDEX}: not)"
             )
+        if student_logits.shape[-1] == 1 and self.objective.soft is not None:
+            raise ValueError(
+                "the student has one class, of which every distribution is the same: of a "
+                "regression, LogitMSE compares the numbers"
+            )
         vocab_size = self.vocab_size
         if isinstance(teacher, Tensor):
             widths = student_logits.shape[-1], teacher.shape[-1]

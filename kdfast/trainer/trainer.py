@@ -332,7 +332,8 @@ class DistillationTrainer(WholeCheckpoints):
     def _loss_without_labels(self, inputs: Mapping[str, Tensor]) -> Iterator[None]:
         """Has Trainer ask for the loss of a batch that needs no labels for it, and has none."""
         names, can_return = self.label_names, self.can_return_loss
-        if not self.objective.of_tokens and any(inputs.get(name) is None for name in names):
+        needed = self.objective.needs_labels(per_token=not _is_of_sequences(self.model))
+        if not needed and any(inputs.get(name) is None for name in names):
             self.label_names, self.can_return_loss = [], True
         try:
             yield
@@ -390,6 +391,10 @@ class DistillationTrainer(WholeCheckpoints):
             self._signature_columns += sorted(self._teacher_only)
             if self.teacher_cache is not None:
                 self._signature_columns.append(SAMPLE)
+
+
+def _is_of_sequences(model: nn.Module) -> bool:
+    return type(without_adapter(model)).__name__.endswith("ForSequenceClassification")
 
 
 def _is_causal(model: nn.Module) -> bool:

@@ -15,9 +15,10 @@ std::pair<const char*, const char*> range_of(const kdfast::Matrix& matrix, int64
 }  // namespace
 
 // Returns what went wrong, or an empty string.
-extern "C" const char* kd_loss_in_clusters(const kdfast::ClusterKdLoss* call, int64_t teacher_width,
-                                           int blocks, unsigned seed) {
+extern "C" const char* kd_loss_in_clusters(kdfast::ClusterKdLoss* call, double beta, double alpha,
+                                           int64_t teacher_width, int blocks, unsigned seed) {
   static std::string error;
+  kdfast::set_shares(*call, beta, alpha);
   const kdfast::DType student = call->student.dtype, teacher = call->teacher.dtype;
   const int span = kdfast::span_of(call->vocab_size, blocks);
   const auto kernel = kdfast::kernel_for(call->divergence, student, teacher);
