@@ -160,7 +160,11 @@ def test_flags_win_over_the_file(settings, distill, tmp_path):
 
 
 def test_a_run_repeats_from_what_it_wrote(settings, distill, tmp_path):
-    assert distill({**settings, "training": {"save_steps": 2, "warmup_steps": 1}}) == 0
+    changes = {
+        "training": {"save_steps": 2, "warmup_steps": 1},
+        "optimizer": {"name": "Adadelta", "rho": 0.5},
+    }
+    assert distill({**settings, **changes}) == 0
     written = tmp_path / "out" / "kdfast.yaml"
     assert (tmp_path / "out" / "checkpoint-2" / "kdfast.yaml").read_text() == written.read_text()
     again = ["distill", str(written), "--output", str(tmp_path / "again")]
@@ -254,6 +258,7 @@ def command(tmp_path: Path) -> list[str]:
         ({"training": [1]}, "training must be a mapping"),
         ({"training": {"epochs": 1}}, "training.epochs is no argument of TrainingArguments"),
         ({"settings": {"alpha_mlm": 1}}, "settings.alpha_mlm is no setting of the recipe hinton"),
+        ({"optimizer": {"name": "Adam2"}}, "optimizer: torch.optim has no 'Adam2'"),
         ({"stages": {}}, "stages must be a list of mappings"),
         ({"objective": [{"Logits": {}}]}, "recipe and objective exclude each other"),
         (

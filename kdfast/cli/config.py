@@ -25,9 +25,9 @@ import yaml
 from kdfast.cli.errors import CommandError
 
 # What a file may hold besides flags: settings of the recipe, an objective in a recipe's place,
-# arguments of transformers.TrainingArguments, runs behind each other, and what a resolved file says
-# of its origin.
-SECTIONS = ("settings", "objective", "training", "stages", "versions")
+# arguments of transformers.TrainingArguments, one of torch's optimisers, runs behind each other,
+# and what a resolved file says of its origin.
+SECTIONS = ("settings", "objective", "training", "optimizer", "stages", "versions")
 
 # Next to a student, the configuration that made it.
 FILE = "kdfast.yaml"
@@ -113,7 +113,7 @@ def _merged(
             setattr(merged, name, value)
     if merged.student is None:
         merged.student = inline
-    for name in ("settings", "training"):
+    for name in ("settings", "training", "optimizer"):
         section = {} if sections[name] is None else sections[name]
         if not isinstance(section, dict):
             raise CommandError(f"{where}{name} must be a mapping")

@@ -37,7 +37,7 @@ def train_alone(
     """The same student, data and arguments, towards the labels and no teacher."""
     arguments = copy.copy(trainer.args)
     arguments.output_dir = str(Path(trainer.args.output_dir, ALONE))
-    alone = _plain(student, arguments, prepared)
+    alone = _plain(student, arguments, prepared, trainer.optimizer_cls_and_kwargs)
     alone.train(resume_from_checkpoint=last_checkpoint(arguments.output_dir))
     alone.save_model()
     alone.save_state()
@@ -45,7 +45,10 @@ def train_alone(
 
 
 def _plain(
-    model: PreTrainedModel, arguments: TrainingArguments, prepared: Prepared
+    model: PreTrainedModel,
+    arguments: TrainingArguments,
+    prepared: Prepared,
+    optimizer: tuple[type[torch.optim.Optimizer], dict[str, object]] | None = None,
 ) -> WholeCheckpoints:
     with reporting():
         return WholeCheckpoints(
@@ -55,6 +58,7 @@ def _plain(
             eval_dataset=prepared.held_out,
             data_collator=prepared.collator,
             compute_metrics=prepared.compute_metrics,
+            optimizer_cls_and_kwargs=optimizer,
         )
 
 

@@ -156,6 +156,7 @@ class Run:
                 processing_class=tokenizer,
                 data_collator=prepared.collator,
                 compute_metrics=prepared.compute_metrics,
+                optimizer_cls_and_kwargs=self._optimizer(arguments),
             )
             self._take_projections(trainer)
         main = trainer.is_world_process_zero()
@@ -271,6 +272,22 @@ class Run:
                 raise CommandError(f"training.{name} is no argument of TrainingArguments")
         with reporting():
             return TrainingArguments(**chosen)
+
+    def _optimizer(
+        self, arguments: TrainingArguments
+    ) -> tuple[type[torch.optim.Optimizer], dict[str, object]] | None:
+        """One that a file or the recipe names; None for that of the training arguments."""
+        if self.settings.optimizer:
+            options = dict(self.settings.optimizer)
+            name = options.pop("name", None)
+            kind = getattr(torch.optim, str(name), None)
+            if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+                raise CommandError(f"optimizer: torch.optim has no {name!r}")
+        elif self.recipe.optimizer is not None:
+            kind, options = self.recipe.optimizer
+        else:
+            return None
+        return kind, {**options, "lr": arguments.learning_rate}
 
     def _read(
         self,
@@ -417,6 +434,7 @@ class Run:
     ) -> dict[str, object]:
         """All settings with their defaults filled in, as a file that repeats the run."""
         settings = self.settings
+        optimizer = self._optimizer(arguments)
         initialise = settings.initialise
         if initialise == [] or (initialise is None and self._initialises()):
             initialise = True
@@ -444,6 +462,7 @@ class Run:
             "report": settings.report,
             "student_alone": settings.student_alone,
             "training": _changed(arguments),
+            "optimizer": optimizer and {"name": optimizer[0].__name__, **optimizer[1]},
             "versions": {
                 "kdfast": kdfast.__version__,
                 "torch": torch.__version__,
