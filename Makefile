@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/*/*) setup.py pyproject.toml constraints.txt
+CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/emulated_device/*)
 
 .PHONY: demo test lint format bench gpu-test gpu-bench clean
 
@@ -18,6 +19,7 @@ $(VENV)/installed: $(SOURCES) | $(BIN)/python
 
 demo: $(VENV)/installed
 	$(BIN)/python bench/demo.py
+	$(BIN)/python bench/demo_tinybert.py
 
 # The Triton interpreter is chosen when a process first imports a kernel, so its tests have a process of their own.
 test: $(VENV)/installed
@@ -27,12 +29,12 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 # pytest-benchmark leaves an old file in place when it measures nothing.
 bench: $(VENV)/installed
@@ -47,8 +49,20 @@ GPU_SETUP = $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_avai
     $(GPU_PYTHON) -c 'import kdfast' 2>/dev/null \
     || $(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable . || exit 1;
 
+# The CUDA kernels' memory accesses, races and barriers are checked where there is a sanitizer that works. Without PyTorch's
+# cache of memory every tensor is an allocation, whose ends it sees. Exit code 5: the device has no CUDA kernels to check.
+SANITIZER = $(or $(shell command -v compute-sanitizer),/usr/local/cuda/bin/compute-sanitizer)
+SANITIZED = PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --error-exitcode 1 --tool
+
 gpu-test:
-	@$(GPU_SETUP) $(GPU_PYTHON) -m pytest tests -m gpu
+	@$(GPU_SETUP) $(GPU_PYTHON) -m pytest tests -m gpu || exit 1; \
+	$(SANITIZED) memcheck $(GPU_PYTHON) -c 'import torch; torch.ones(2, device="cuda").sum().item()' >/dev/null 2>&1 \
+	    || { echo "compute-sanitizer is not here or does not work here: not run"; exit 0; }; \
+	for tool in memcheck racecheck synccheck; do \
+	    echo "compute-sanitizer, $$tool"; \
+	    $(SANITIZED) $$tool $(GPU_PYTHON) -m pytest tests/test_gpu_cuda.py -k for_the_sanitizer \
+	        || test $$? -eq 5 || exit 1; \
+	done
 
 gpu-bench:
 	@$(GPU_SETUP) mkdir -p .benchmarks && rm -f .benchmarks/gpu.json \

@@ -72,7 +72,7 @@ class BuildWithCMake(build_ext):
 
 
 if _setting("KDFAST_BUILD_CPP") == "0" and _setting("KDFAST_BUILD_CUDA") == "1":
-    raise SystemExit("KDFAST_BUILD_CUDA=1 builds into the C++ extension: not with KDFAST_BUILD_CPP=0")
+    raise SystemExit("KDFAST_BUILD_CUDA=1 needs the C++ extension, and KDFAST_BUILD_CPP is 0")
 
 setup(
     # An explicit list: the repository's kernels/ is installed as kdfast.kernels.

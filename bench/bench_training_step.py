@@ -44,7 +44,7 @@ HEADS = 12
 TOLERANCES = {"loss": 1e-5, "gradient": 1e-3}
 
 # Relative to the largest, a gradient that is compared with this and not with its own size.
-SMALLEST_GRADIENT = 1e-5
+SMALLEST_GRADIENT = 1e-4
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,12 @@ from kdfast.trainer.text import load_documents, pack
 OUTPUT = Path("runs/demo-tinybert")
 SEED = 0
 
+# A stage's folder is called by its recipe.
+STAGES = OUTPUT / "student"
+GENERAL_STAGE = "tinybert_general"
+INTERMEDIATE_STAGE = "tinybert_intermediate"
+PREDICTION_STAGE = "tinybert_prediction"
+
 # All of them are in every installation of Python.
 PACKAGES = (
     "asyncio",
@@ -106,20 +112,14 @@ def main() -> int:
 
     general_teacher = pretrain("teacher-general", TEACHER, PRETRAINING, blocks, tokenizer)
     teacher = fine_tune("teacher", general_teacher, FINE_TUNING, train, held_out, tokenizer)
-    distil(files, general_teacher, teacher)
+    distilled = distil(files, general_teacher, teacher)
     general_student = pretrain("alone-general", STUDENT, GENERAL, blocks, tokenizer)
     alone = fine_tune("alone", general_student, LABELS_ALONE, train, held_out, tokenizer)
 
-    report, scores = compare(
-        {
-            "teacher": teacher,
-            "student_alone": alone,
-            "distilled": OUTPUT / "student" / "tinybert_prediction",
-        },
-        held_out,
-        tokenizer,
-    )
+    models = {"teacher": teacher, "student_alone": alone, "distilled": distilled}
+    report, scores = compare(models, histories(alone), held_out, tokenizer)
     print("\n" + report.read_text(encoding="utf-8"))
+    print(budgets() + "\n")
     print(f"{report}\n{time.perf_counter() - started:.0f} s in all")
     if scores["distilled"] <= scores["student_alone"]:
         print(
@@ -247,7 +247,7 @@ def fit(
     return OUTPUT / name
 
 
-def distil(files: dict[str, Path], general_teacher: Path, teacher: Path) -> None:
+def distil(files: dict[str, Path], general_teacher: Path, teacher: Path) -> Path:
     """Three stages behind each other, by the command that a user has."""
 
     def stage(recipe: str, training: Training, **settings: object) -> dict[str, object]:
@@ -274,7 +274,7 @@ def distil(files: dict[str, Path], general_teacher: Path, teacher: Path) -> None
             "vocab_size": VOCAB,
             "max_position_embeddings": LENGTH,
         },
-        "output": str(OUTPUT / "student"),
+        "output": str(STAGES),
         "block_size": LENGTH,
         "seed": SEED,
         "device": "cpu",
@@ -287,13 +287,13 @@ def distil(files: dict[str, Path], general_teacher: Path, teacher: Path) -> None
         },
         "stages": [
             stage(
-                "tinybert_general",
+                GENERAL_STAGE,
                 GENERAL,
                 teacher=str(general_teacher),
                 dataset=[str(files["library"])],
             ),
-            stage("tinybert_intermediate", INTERMEDIATE, **task),
-            stage("tinybert_prediction", PREDICTION, **task),
+            stage(INTERMEDIATE_STAGE, INTERMEDIATE, **task),
+            stage(PREDICTION_STAGE, PREDICTION, **task),
         ],
     }
     path = OUTPUT / "tinybert.yaml"
@@ -301,6 +301,56 @@ def distil(files: dict[str, Path], general_teacher: Path, teacher: Path) -> None
     command = ("-m", "kdfast.cli", "distill", str(path))
     print(f"\nkdfast distill {path}", flush=True)
     subprocess.run([sys.executable, *command], check=True)
+    return STAGES / PREDICTION_STAGE
+
+
+def histories(alone: Path) -> dict[str, list[dict[str, float]]]:
+    """What both students were trained by, stage behind stage.
+
+    The loss of the one without a teacher is cross entropy on the task, the other one's hard loss.
+    """
+    distilled, before = [], 0
+    for stage, training in (
+        (GENERAL_STAGE, GENERAL),
+        (INTERMEDIATE_STAGE, INTERMEDIATE),
+        (PREDICTION_STAGE, PREDICTION),
+    ):
+        for entry in log_of(STAGES / stage):
+            terms = {name: value for name, value in entry.items() if name.endswith("_loss")}
+            distilled.append({**terms, "step": before + entry["step"]})
+        before += training.steps
+    labelled = [
+        {"hard_loss": entry["loss"], "step": GENERAL.steps + entry["step"]}
+        for entry in log_of(alone)
+        if "loss" in entry
+    ]
+    return {"distilled": distilled, "student_alone": labelled}
+
+
+def budgets() -> str:
+    """What each of the three was trained by: steps × batch."""
+
+    def of(*trainings: tuple[str, Training]) -> str:
+        return ", ".join(f"{t.steps}×{t.batch_size} {what}" for what, t in trainings)
+
+    return "\n".join(
+        (
+            "steps × batch",
+            f"  teacher         {of(('masked words', PRETRAINING), ('labels', FINE_TUNING))}",
+            f"  student alone   {of(('masked words', GENERAL), ('labels', LABELS_ALONE))}",
+            "  distilled       "
+            + of(
+                ("the teacher's inside on text", GENERAL),
+                ("on the task", INTERMEDIATE),
+                ("its predictions", PREDICTION),
+            ),
+            "A step towards the teacher runs the teacher too.",
+        )
+    )
+
+
+def log_of(directory: Path) -> list[dict[str, float]]:
+    return json.loads((directory / "trainer_state.json").read_text())["log_history"]
 
 
 @torch.inference_mode()
@@ -314,7 +364,10 @@ def accuracy(model: PreTrainedModel, loader: DataLoader) -> float:
 
 
 def compare(
-    paths: dict[str, Path], held_out: Dataset, tokenizer: PreTrainedTokenizerFast
+    paths: dict[str, Path],
+    curves: dict[str, list[dict[str, float]]],
+    held_out: Dataset,
+    tokenizer: PreTrainedTokenizerFast,
 ) -> tuple[Path, dict[str, float]]:
     """The report of all three models, and their accuracy on the held-out functions."""
     loader = DataLoader(held_out, batch_size=50, collate_fn=DataCollatorWithPadding(tokenizer))
@@ -326,12 +379,7 @@ def compare(
     report = write_report(
         OUTPUT,
         **{
-            name: ReportedModel(
-                model,
-                scores[name],
-                checkpoint=paths[name],
-                history=None if name == "teacher" else paths[name],
-            )
+            name: ReportedModel(model, scores[name], paths[name], curves.get(name))
             for name, model in models.items()
         },
         metric="accuracy",

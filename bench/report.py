@@ -242,17 +242,22 @@ def _hidden_details(entry: Measurement) -> list[str]:
 
 def _training_step_summary(members: list[Measurement]) -> list[str]:
     fused, eager = _of(members, "kdfast"), _of(members, "eager")
-    models = _of(members, "bare models")
-    # What the literal recipe adds to the models that it can do with, and not that these are slower.
+    models, projected = _of(members, "bare models"), _of(members, "bare models projected")
+    # What the papers' code adds to the models that it can do with, and not that these are slower.
     own_models = _of(members, "bare models eager") or models
-    shares = [
-        f"{1 - bare['seconds'] / step['seconds']:.1%}" if bare else "–"
-        for step, bare in ((fused, models), (eager, own_models))
-    ]
+
+    def shares(products: float) -> str:
+        """Of the losses, beyond the models and so many seconds of a projection's products."""
+        pairs = (fused, models), (eager, own_models)
+        return " / ".join(
+            f"{1 - (bare['seconds'] + products) / step['seconds']:.1%}" for step, bare in pairs
+        )
+
     return [
         _cell(models, decimals=2),
         _cell(eager, decimals=2),
-        " / ".join(shares),
+        shares(0.0),
+        shares(projected["seconds"] - models["seconds"]) if projected else "–",
         f"{_mebibytes(fused, gradients=False)} / {_mebibytes(eager, gradients=False)} MiB",
     ]
 
@@ -328,7 +333,7 @@ LAYOUTS = {
     ),
     "training_step": Layout(
         "models alone | the papers' code | loss in the step, kdfast / the papers' code"
-        " | extra memory, kdfast / the papers' code",
+        " | without its projection's products | extra memory, kdfast / the papers' code",
         _training_step_summary,
         "× models | extra MiB",
         lambda entry: [

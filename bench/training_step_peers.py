@@ -8,7 +8,7 @@ both models' logits.
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     BertForMaskedLM,
+    Trainer,
     TrainingArguments,
 )
 from transformers.masking_utils import eager_mask
@@ -71,26 +72,31 @@ class Models:
             model.set_attn_implementation(name)
 
 
-Step = Callable[[], Tensor]
+Step = Callable[[], Tensor | None]
+
+
+def _trainer(cls: type[Trainer], student: BertForMaskedLM, **options: object) -> Trainer:
+    use_cpu = student.device.type == "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(folder, use_cpu=use_cpu, report_to=[], log_level="error")
+        trainer = cls(model=student, args=arguments, **options)
+    # Set by `train`.
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
 
 
 def kdfast_step(case: StepCase) -> Callable[[Models], Step]:
-    """DistillationTrainer's own `training_step`."""
-    arguments = (TEMPERATURE, ALPHA) if case.recipe == "hinton" else ()
+    """DistillationTrainer's."""
+    settings = (TEMPERATURE, ALPHA) if case.recipe == "hinton" else ()
 
     def prepare(models: Models) -> Step:
         models.use_attention("sdpa")
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = DistillationTrainer(
-                model=models.student,
-                args=TrainingArguments(
-                    folder, use_cpu=case.device == "cpu", report_to=[], log_level="error"
-                ),
-                teacher=models.teacher,
-                objective=RECIPES[case.recipe](*arguments).objective,
-            )
-        # Set by `train`.
-        trainer.current_gradient_accumulation_steps = 1
+        trainer = _trainer(
+            DistillationTrainer,
+            models.student,
+            teacher=models.teacher,
+            objective=RECIPES[case.recipe](*settings).objective,
+        )
         if trainer.projections is not None:
             trainer.projections.shared_weight = models.projection.weight
             trainer.projections.shared_bias = models.projection.bias
@@ -165,24 +171,29 @@ def attention_of(case: StepCase) -> str:
 
 
 def eager_step(case: StepCase) -> Callable[[Models], Step]:
+    """In a trainer's `compute_loss`, which is where people put it."""
+
     def prepare(models: Models) -> Step:
+        class LiteralTrainer(Trainer):
+            def compute_loss(
+                self, model: nn.Module, inputs: dict[str, Tensor], *_: object, **__: object
+            ) -> Tensor:
+                return literal_loss(case, replace(models, student=model, batch=inputs))
+
         models.use_attention(attention_of(case))
-        models.student.train()
-
-        def step() -> Tensor:
-            loss = literal_loss(case, models)
-            loss.backward()
-            return loss.detach()
-
-        return step
+        trainer = _trainer(LiteralTrainer, models.student)
+        return partial(trainer.training_step, models.student, models.batch)
 
     return prepare
 
 
-def bare_models(case: StepCase, attention: str = "sdpa") -> Callable[[Models], Step]:
+def bare_models(
+    case: StepCase, attention: str = "sdpa", *, projected: bool = False
+) -> Callable[[Models], Step]:
     """Both models' forward and the student's backward, from a gradient that is given.
 
-    With their output heads where the recipe has logits.
+    With their output heads where the recipe has logits; `projected`, with the linear layer between
+    the widths, which a recipe that projects hidden states cannot do without either.
     """
 
     def prepare(models: Models) -> Step:
@@ -191,15 +202,21 @@ def bare_models(case: StepCase, attention: str = "sdpa") -> Callable[[Models], S
         student, teacher = models.student, models.teacher
         if case.recipe != "hinton":
             student, teacher = student.bert, teacher.bert
-        with torch.no_grad():
-            gradient = torch.randn_like(student(**models.inputs)[0])
+        asked = models.inputs | {"output_hidden_states": projected}
 
-        def step() -> Tensor:
+        def outputs_of(model: nn.Module) -> list[Tensor]:
+            outputs = model(**asked)
+            if not projected:
+                return [outputs[0]]
+            return [models.projection(hidden) for hidden in outputs.hidden_states]
+
+        with torch.no_grad():
+            gradients = [torch.randn_like(output) for output in outputs_of(student)]
+
+        def step() -> None:
             with torch.no_grad():
-                teacher(**models.inputs)
-            outputs = student(**models.inputs)[0]
-            outputs.backward(gradient)
-            return outputs
+                teacher(**asked)
+            torch.autograd.backward(outputs_of(student), gradients)
 
         return step
 
@@ -216,6 +233,9 @@ def _in_float32(write: Callable[[StepCase], Callable[[Models], Step]]) -> Callab
 
 KDFAST = Member("kdfast", _in_float32(kdfast_step))
 MODELS = Member("bare models", _in_float32(bare_models), is_ceiling=True)
+PROJECTED = Member(
+    "bare models projected", _in_float32(partial(bare_models, projected=True)), is_ceiling=True
+)
 EAGER = Member("eager", _in_float32(eager_step))
 # Those of the literal recipe, where it cannot have the fast attention.
 EAGER_MODELS = Member(
@@ -227,5 +247,6 @@ EAGER_MODELS = Member(
 
 def members_of(case: StepCase) -> tuple[Member, ...]:
     """Everyone who takes part in a case, the models alone right after kdfast: its bound."""
-    members = (KDFAST, MODELS, EAGER)
-    return members if case.recipe == "hinton" else (*members, EAGER_MODELS)
+    if case.recipe == "hinton":
+        return KDFAST, MODELS, EAGER
+    return KDFAST, MODELS, PROJECTED, EAGER, EAGER_MODELS

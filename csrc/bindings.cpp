@@ -309,6 +309,13 @@ void define_cuda(py::module_& module) {
       },
       py::arg("device"), py::arg("vocab_size"), py::arg("student"), py::arg("teacher"),
       py::arg("divergence"));
+  module.def(
+      "kd_loss_block_bytes",
+      [](int vocab_size, int blocks, const std::string& student, const std::string& teacher) {
+        return kdfast::kd_loss_block_bytes(vocab_size, blocks, dtype_of(student),
+                                           dtype_of(teacher));
+      },
+      py::arg("vocab_size"), py::arg("blocks"), py::arg("student"), py::arg("teacher"));
   module.def("kd_loss_rows_cuda", &kd_loss_rows_cuda, py::kw_only(), py::arg("student"),
              py::arg("teacher"), py::arg("gradient"), py::arg("rows"), py::arg("inner_rows"),
              py::arg("width"), py::arg("vocab_size"), py::arg("labels"), py::arg("ignore_index"),

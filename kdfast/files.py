@@ -22,9 +22,10 @@ def write(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         rename(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        # Not all of them name a file, and none the one that was asked for.
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def rename(temporary: Path, path: Path) -> None:

@@ -159,6 +159,16 @@ def test_flags_win_over_the_file(settings, distill, tmp_path):
     assert resolved["objective"][0]["Logits"]["temperature"] == 3.0
 
 
+def test_what_yaml_has_other_words_for(settings, distill, tmp_path):
+    written = yaml.safe_dump({**settings, "max_steps": 1})
+    text = f"{written}training: {{weight_decay: 1e-2, save_strategy: no, logging_strategy: off}}\n"
+    assert distill(text, "--set", "training.adam_epsilon=1e-7") == 0
+    training = yaml.safe_load((tmp_path / "out" / "kdfast.yaml").read_text())["training"]
+    assert training["weight_decay"] == 0.01
+    assert training["adam_epsilon"] == 1e-7
+    assert training["save_strategy"] == training["logging_strategy"] == "no"
+
+
 def test_a_run_repeats_from_what_it_wrote(settings, distill, tmp_path):
     changes = {
         "training": {"save_steps": 2, "warmup_steps": 1},

@@ -1,4 +1,4 @@
-"""The CUDA kernel of kd_loss on an emulated device, on the CPU, against the specification in float64.
+"""The CUDA kernel of kd_loss on an emulated device against the specification in float64.
 
 The device, tests/emulated_device, is strict about alignment, barriers and what a block may touch,
 and runs threads in an order drawn by chance.
@@ -116,7 +116,7 @@ def logits(*shape, dtype=torch.float32, scale=3.0):
 
 
 def misaligned(values, offset):
-    """The same values, starting `offset` elements behind a 16-byte boundary, with NaN around them."""
+    """The same values, `offset` elements behind a 16-byte boundary, with NaN around them."""
     storage = torch.full((values.numel() + offset + 16,), math.nan, dtype=values.dtype)
     view = storage[offset : offset + values.numel()]
     assert storage.data_ptr() % 16 == 0
@@ -212,9 +212,7 @@ def swept(launched):
         ).flatten(1)
         if gradient is None and need_gradient:
             gradient = torch.full(student.shape, math.nan)
-        losses = launched(
-            student, teacher, *per_row, gradient, blocks=blocks, seed=seed, **options
-        )
+        losses = launched(student, teacher, *per_row, gradient, blocks=blocks, seed=seed, **options)
         return losses, gradient, expected, expected_gradient
 
     return sweep
@@ -485,6 +483,15 @@ def test_a_label_outside_the_vocabulary_makes_its_row_nan(label, launched):
 
 
 # The order of threads.
+
+
+@pytest.mark.parametrize("offsets", [(0, 5), (5, 0), (7, 1)])
+def test_no_chunk_is_read_before_it_arrives(offsets, assert_swept):
+    student, teacher = (
+        misaligned(logits(1, 1, 4099, dtype=torch.bfloat16), offset) for offset in offsets
+    )
+    for seed in range(8):
+        assert_swept(student, teacher, seed=seed)
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "skew_reverse_kl"])

@@ -117,10 +117,10 @@ KDFAST_DEVICE void publish_barriers() {
 
 // The one arrival of the barrier's phase, which ends when as many bytes have been copied.
 KDFAST_DEVICE void expect_bytes(CopyBarrier* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 
 // Both addresses and the number of bytes are multiples of 16.

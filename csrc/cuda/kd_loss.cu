@@ -45,7 +45,8 @@ cudaError_t lift_limits(Kernel kernel, int device) {
       cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   for (const auto& [attribute, value] :
        {std::pair(cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        std::pair(cudaFuncAttributePreferredSharedMemoryCarveout, int(cudaSharedmemCarveoutMaxShared)),
+        std::pair(cudaFuncAttributePreferredSharedMemoryCarveout,
+                  int(cudaSharedmemCarveoutMaxShared)),
         // More than 8 blocks are not portable: a device may have no room for them.
         std::pair(cudaFuncAttributeNonPortableClusterSizeAllowed, 1)})
     if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, attribute, value);
@@ -92,7 +93,7 @@ ClusterPlan plan_kd_loss_cluster(int device, int64_t vocab_size, DType student, 
   ClusterPlan plan = {0, ""};
   for (int blocks = 1; blocks <= kMostClusterBlocks; blocks *= 2) {
     if (vocab_size > int64_t(blocks) * (kMostChunks - 1) * kChunkColumns) continue;
-    const int bytes = shared_bytes(span_of(int(vocab_size), blocks), student, teacher);
+    const int bytes = kd_loss_block_bytes(int(vocab_size), blocks, student, teacher);
     if (bytes > most_bytes) continue;
     Launch launch(1, blocks, bytes, nullptr);
     int clusters = 0;
@@ -109,6 +110,10 @@ ClusterPlan plan_kd_loss_cluster(int device, int64_t vocab_size, DType student, 
     plan.reason = "no cluster of this device holds a pair of rows of " +
                   std::to_string(vocab_size) + " columns in its shared memory";
   return plan;
+}
+
+int kd_loss_block_bytes(int vocab_size, int blocks, DType student, DType teacher) {
+  return shared_bytes(span_of(vocab_size, blocks), student, teacher);
 }
 
 std::string kd_loss_in_clusters(const ClusterKdLoss& call, int blocks, int device,

@@ -48,8 +48,7 @@ struct ClusterKdLoss {
 };
 
 inline void set_shares(ClusterKdLoss& call, double beta, double alpha) {
-  const double teacher_share =
-      call.divergence == Divergence::kSkewReverseKl ? 1 - beta : beta;
+  const double teacher_share = call.divergence == Divergence::kSkewReverseKl ? 1 - beta : beta;
   call.teacher_share = float(teacher_share);
   call.student_share = float(1 - teacher_share);
   call.shares_gap = float(std::log2(1 - teacher_share) - std::log2(teacher_share));
@@ -111,6 +110,9 @@ struct ClusterPlan {
 
 ClusterPlan plan_kd_loss_cluster(int device, int64_t vocab_size, DType student, DType teacher,
                                  Divergence divergence);
+
+// The shared memory of each of the blocks that share a row.
+int kd_loss_block_bytes(int vocab_size, int blocks, DType student, DType teacher);
 
 // The losses of every row, and the gradient where there is a buffer for it, on a stream. A row
 // pair is read from memory once, and its gradient written once. Returns what went wrong, or "".

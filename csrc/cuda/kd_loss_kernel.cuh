@@ -3,9 +3,8 @@
 #pragma once
 
 // In angle brackets: a test puts a device of its own in this one's place.
-#include <device.cuh>
-
 #include <cmath>
+#include <device.cuh>
 
 #include "kd_loss.h"
 
@@ -282,11 +281,11 @@ KDFAST_DEVICE Statistics raised(const Statistics& from, float student_max, float
   to.student_max = student_max;
   to.teacher_max = teacher_max;
   if (D == Divergence::kForwardKl)
-    to.dot = rebased_dot(from.dot, float(from.teacher_sum), teacher_decay, teacher_shift,
-                         student_shift);
+    to.dot =
+        rebased_dot(from.dot, float(from.teacher_sum), teacher_decay, teacher_shift, student_shift);
   if (D == Divergence::kReverseKl)
-    to.dot = rebased_dot(from.dot, float(from.student_sum), student_decay, student_shift,
-                         teacher_shift);
+    to.dot =
+        rebased_dot(from.dot, float(from.student_sum), student_decay, student_shift, teacher_shift);
   to.student_sum = from.student_sum * student_decay;
   to.teacher_sum = from.teacher_sum * teacher_decay;
   to.hard_sum = from.hard_sum * exp2_flushed((from.student_max - student_max) * kLog2E);
@@ -331,6 +330,8 @@ KDFAST_DEVICE Statistics joined_in_cluster(const Statistics* places, int blocks,
   Statistics all;
   all.student_max = student_max;
   all.teacher_max = teacher_max;
+  // Unrolled it would hold the statistics of several warps in registers.
+#pragma unroll 1
   for (int i = lane; i < blocks * kWarps; i += kLanes)
     add(all, raised<D>(places[i], student_max, teacher_max, scales));
   return joined_in_warp<D>(all, scales);
@@ -367,8 +368,8 @@ KDFAST_DEVICE float log2_one_plus(float r) {
 // log2 of the teacher's sum by the student's. A divergence near 0 is the small difference of large
 // logarithms: their ratio is taken from the difference of the sums.
 KDFAST_DEVICE float log2_ratio_of(double student_sum, double teacher_sum) {
-  const float excess = divide(float(fabs(teacher_sum - student_sum)),
-                              fminf(float(student_sum), float(teacher_sum)));
+  const float excess =
+      divide(float(fabs(teacher_sum - student_sum)), fminf(float(student_sum), float(teacher_sum)));
   const float log2_ratio = excess < 1 ? log2_one_plus(excess) : log2_of(1 + excess);
   return teacher_sum > student_sum ? log2_ratio : -log2_ratio;
 }
@@ -402,8 +403,7 @@ struct Terms {
 // serve, these vanish where q is far above p: a student who is sure loses no digits there.
 template <Divergence D>
 KDFAST_DEVICE Terms terms_of(float p, float q, float gap, const Mixture& mixture) {
-  if (D == Divergence::kTvd)
-    return {0.5f * fabsf(p - q), q > p ? 0.f : q < p ? -q : -0.5f * q};
+  if (D == Divergence::kTvd) return {0.5f * fabsf(p - q), q > p ? 0.f : q < p ? -q : -0.5f * q};
   // Without weight there is no term, however large its logarithm: 0 * inf = 0.
   if (D == Divergence::kForwardKl) return {p * (p > 0 ? -gap : 0.f) * kLn2, -p};
   if (D == Divergence::kReverseKl) {
@@ -431,7 +431,8 @@ KDFAST_DEVICE Terms terms_of(float p, float q, float gap, const Mixture& mixture
 // One cluster per row, and a share of the row's columns per block. Bulk copies bring the share of
 // both sides into shared memory, where it stays; it is swept
 //
-//   1. as its chunks arrive, for max and Σ exp of both sides; for the plain KLs with the dot product
+//   1. as its chunks arrive, for max and Σ exp of both sides; for the plain KLs with the dot
+//   product
 //      Σ exp · (difference of the scaled logits), which makes the loss. The blocks exchange them;
 //   2. for Σ f and Σ g of the other divergences, which the blocks exchange too;
 //   3. for g − q · Σ g, if a gradient is wanted. Σ g is −1 for forward KL and Σ f for reverse KL.
@@ -454,8 +455,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   if (call.labels && label == call.ignore_index) {
     if (leads)
       for (int part = 0; part < 3; ++part) call.losses[part * call.rows + row] = 0;
-    if (gradient_row)
-      zero_columns(gradient_row, call.gradient.dtype, 0, call.width, rank, blocks);
+    if (gradient_row) zero_columns(gradient_row, call.gradient.dtype, 0, call.width, rank, blocks);
     return;
   }
 
@@ -467,8 +467,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   char* staged = shared_memory() + sizeof(Exchange);
   const Share share = share_of(vocab, pad_before(student_row, student_type), span, rank);
   const Side student = side_of(student_row, student_type, share, staged);
-  const Side teacher = side_of(teacher_row, teacher_type, share,
-                               staged + side_bytes(span, bytes_of(student_type)));
+  const Side teacher =
+      side_of(teacher_row, teacher_type, share, staged + side_bytes(span, bytes_of(student_type)));
   const int chunks = (max(student.end, teacher.end) + kChunkColumns - 1) / kChunkColumns;
   if (thread_index() == 0) copy_chunks<E>(student, teacher, chunks, exchange.arrived);
   // The others' shared memory is written to once all of them have begun.
@@ -496,7 +496,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const int windows = (student.end + N - 1) / N;
   const int skew = teacher.pad - student.pad;
   const bool teacher_aligned = skew % N == 0;
-  const auto load_pair = [&](int window, float(&s)[N], float(&t)[N]) {
+  const auto load_pair = [&](int window, float (&s)[N], float (&t)[N]) {
     load_window<E>(student, window * N, true, s);
     load_window<E>(teacher, window * N + skew, teacher_aligned, t);
   };
@@ -523,11 +523,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       const float student_decay = exp2_flushed(student_shift);
       const float teacher_decay = exp2_flushed(teacher_shift);
       if (D == Divergence::kForwardKl)
-        mine.dot =
-            rebased_dot(mine.dot, teacher_sum, teacher_decay, teacher_shift, student_shift);
+        mine.dot = rebased_dot(mine.dot, teacher_sum, teacher_decay, teacher_shift, student_shift);
       if (D == Divergence::kReverseKl)
-        mine.dot =
-            rebased_dot(mine.dot, student_sum, student_decay, student_shift, teacher_shift);
+        mine.dot = rebased_dot(mine.dot, student_sum, student_decay, student_shift, teacher_shift);
 
       float student_part = 0, teacher_part = 0, dot_part = 0, hard_part = 0;
 #pragma unroll
@@ -541,10 +539,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
         student_part += student_exp;
         teacher_part += teacher_exp;
         // exp > 0: a logit of -inf contributes 0, not 0 * inf.
-        if (D == Divergence::kForwardKl)
-          dot_part += teacher_exp > 0 ? teacher_exp * (y - x) : 0.f;
-        if (D == Divergence::kReverseKl)
-          dot_part += student_exp > 0 ? student_exp * (x - y) : 0.f;
+        if (D == Divergence::kForwardKl) dot_part += teacher_exp > 0 ? teacher_exp * (y - x) : 0.f;
+        if (D == Divergence::kReverseKl) dot_part += student_exp > 0 ? student_exp * (x - y) : 0.f;
         if (hard_exponentials) hard_part += exp2_flushed(from_max * kLog2E);
       }
       mine.dot += dot_part;
@@ -649,8 +645,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       const Terms terms = column_terms(s[i], t[i], q);
       gradient[i] = (terms.g - q * g_sum) * soft_scale;
       if (hard_exponentials)
-        gradient[i] +=
-            exp2_flushed((s[i] - all.student_max) * kLog2E) * hard_weight * hard_scale;
+        gradient[i] += exp2_flushed((s[i] - all.student_max) * kLog2E) * hard_weight * hard_scale;
       else if (call.need_hard)
         gradient[i] += q * hard_scale;
     }

@@ -78,10 +78,10 @@ def _env(arguments: argparse.Namespace) -> None:
 
 
 def _missing(backend: str) -> str | None:
-    reason = registry.missing(backend)
-    if backend == "cpp" and reason is None:
-        try:
+    try:
+        reason = registry.missing(backend)
+        if backend == "cpp" and reason is None:
             registry.extension()
-        except ImportError as error:
-            return str(error)
+    except ImportError as error:
+        return str(error)
     return reason

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -31,6 +32,17 @@ SECTIONS = ("settings", "objective", "training", "optimizer", "stages", "version
 
 # Next to a student, the configuration that made it.
 FILE = "kdfast.yaml"
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-4 as a number; YAML 1.1 wants a point in it, and takes it for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    [*"-+0123456789"],
+)
 
 
 def stages_of(
@@ -86,7 +98,7 @@ def _read(path: Path) -> dict:
     if not path.is_file():
         raise CommandError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise CommandError(f"{path} is no YAML: {reason}") from error
@@ -121,6 +133,10 @@ def _merged(
     merged.objective = sections["objective"]
     for assignment in given.set or ():
         _assign(merged, assignment)
+    for name, value in merged.training.items():
+        # What YAML makes of `no`.
+        if value is False and name.endswith("_strategy"):
+            merged.training[name] = "no"
     if merged.recipe and merged.objective:
         raise CommandError(f"{where}recipe and objective exclude each other")
     merged.follows = None
@@ -156,7 +172,7 @@ def _assign(merged: argparse.Namespace, assignment: str) -> None:
         raise CommandError(
             f"--set {assignment}: must be training.NAME=VALUE or settings.NAME=VALUE"
         )
-    getattr(merged, section)[name] = yaml.safe_load(text)
+    getattr(merged, section)[name] = yaml.load(text, _Loader)
 
 
 def text_of(settings: Mapping[str, object]) -> str:

@@ -58,7 +58,7 @@ from kdfast.trainer import (
     Recipe,
     initialise_from_teacher,
 )
-from kdfast.trainer.checkpoints import CheckpointError, last_checkpoint
+from kdfast.trainer.checkpoints import UNFINISHED, CheckpointError, last_checkpoint
 from kdfast.trainer.projections import FILE as PROJECTIONS
 
 if TYPE_CHECKING:
@@ -228,7 +228,8 @@ class Run:
         begun = checkpoint is not None or (output / config.FILE).exists()
         if resume and not begun and self.settings.name is None:
             raise CommandError(f"--resume: there is no checkpoint in {output}")
-        if not resume and output.is_dir() and any(output.iterdir()):
+        left = [path for path in output.glob("*") if not path.name.startswith(UNFINISHED)]
+        if not resume and left:
             advice = "--resume to go on from its last checkpoint, or " if begun else ""
             raise CommandError(f"--output {output} is not empty: pass {advice}another directory")
         return checkpoint

@@ -5,6 +5,8 @@ gradient that the forward pass computed, the operator normalises layouts and red
 sweeps the rows.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -87,6 +89,83 @@ def _triton_rows(student: Tensor, *args: object, **kwargs: object) -> Tensor:
     return kd_loss_rows(student, *args, **kwargs)
 
 
+@functools.cache
+def _cluster_blocks(
+    device: int, vocab_size: int, student: str, teacher: str, divergence: int
+) -> tuple[int, str]:
+    """How many blocks share a row, or 0 and the reason why it has no place on this device."""
+    return registry.extension().plan_kd_loss_cluster(
+        device, vocab_size, student, teacher, divergence
+    )
+
+
+def _cuda_rows(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    token_weight: Tensor | None,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
+    grad_scale: Tensor | None,
+    gradient: Tensor | None,
+    *,
+    divergence: str,
+    beta: float,
+    scale_t2: bool,
+    alpha: float,
+    ignore_index: int,
+    vocab_size: int,
+    need_hard: bool,
+) -> Tensor:
+    device, kind = student.get_device(), DIVERGENCES.index(divergence)
+    tensors = Addresses()
+    student_rows, teacher_rows = tensors.matrix(student), tensors.matrix(teacher)
+    blocks, reason = _cluster_blocks(device, vocab_size, student_rows[-1], teacher_rows[-1], kind)
+    if blocks == 0:
+        if registry.chosen() == "cuda":
+            raise RuntimeError(f"kd_loss: the backend 'cuda' cannot serve this call: {reason}")
+        return _triton_rows(
+            student, teacher, labels, token_weight, temperature, teacher_temperature, grad_scale,
+            gradient, divergence=divergence, beta=beta, scale_t2=scale_t2, alpha=alpha,
+            ignore_index=ignore_index, vocab_size=vocab_size, need_hard=need_hard,
+        )  # fmt: skip
+
+    def row_values(values: float | Tensor | None) -> tuple[int, int, float]:
+        """Address and step of one value per row, or without an address the value of all rows."""
+        if not isinstance(values, Tensor):
+            return 0, 0, 1.0 if values is None else values
+        return tensors.contiguous(values, torch.float32), int(values.numel() > 1), 1.0
+
+    rows = student.shape[0] * student.shape[1]
+    losses = student.new_empty((3, rows), dtype=torch.float32)
+    registry.extension().kd_loss_rows_cuda(
+        student=student_rows,
+        teacher=teacher_rows,
+        gradient=tensors.matrix(gradient),
+        rows=rows,
+        inner_rows=student.shape[1],
+        width=student.shape[2],
+        vocab_size=vocab_size,
+        labels=0 if labels is None else tensors.contiguous(labels, torch.int64),
+        ignore_index=ignore_index,
+        token_weight=row_values(token_weight),
+        temperature=row_values(temperature),
+        teacher_temperature=row_values(teacher_temperature),
+        grad_scale=row_values(grad_scale),
+        losses=losses.data_ptr(),
+        divergence=kind,
+        beta=beta,
+        alpha=alpha,
+        scale_t2=scale_t2,
+        need_hard=labels is not None and (need_hard or alpha < 1),
+        hard_is_soft=not isinstance(temperature, Tensor) and temperature == 1,
+        blocks=blocks,
+        device=device,
+        stream=torch.cuda.current_stream(student.device).cuda_stream,
+    )
+    return losses
+
+
 def _torch_rows(
     student: Tensor, teacher: Tensor, *per_row: Tensor | float | None, **options: object
 ) -> Tensor:
@@ -95,7 +174,7 @@ def _torch_rows(
     return reference.kd_loss_rows(student, teacher, *per_row, gradient, **options).flatten(1)
 
 
-BACKENDS = {"cpp": _cpp_rows, "triton": _triton_rows, "torch": _torch_rows}
+BACKENDS = {"cuda": _cuda_rows, "triton": _triton_rows, "cpp": _cpp_rows, "torch": _torch_rows}
 
 
 registry.library.define(

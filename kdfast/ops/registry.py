@@ -17,6 +17,9 @@ library = torch.library.Library("kdfast", "FRAGMENT")
 BACKENDS = ("cuda", "triton", "cpp", "torch")
 _chosen: list[str] = []
 
+# Thread-block clusters came with it.
+CLUSTER_CAPABILITY = (9, 0)
+
 
 @functools.cache
 def extension() -> ModuleType:
@@ -47,8 +50,30 @@ def missing(backend: str) -> str | None:
         if not torch.cuda.is_available() and not _interpreted():
             return "no CUDA device (TRITON_INTERPRET=1 runs its kernels on the CPU, for tests)"
     if backend == "cuda":
-        return "no operation of this release has a CUDA C++ kernel"
+        return _missing_cuda()
     return None
+
+
+def _missing_cuda() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    devices = range(torch.cuda.device_count())
+    newest = max(torch.cuda.get_device_capability(device) for device in devices)
+    if newest < CLUSTER_CAPABILITY:
+        return f"its kernels need compute capability 9.0 or newer, and there is {_dotted(newest)}"
+    if (reason := missing("cpp")) is not None:
+        return reason
+    if not hasattr(extension(), "cuda_runtime_problem"):
+        return (
+            "the extension was built without CUDA kernels: no nvcc was found when kdfast was "
+            "installed, or KDFAST_BUILD_CUDA=0"
+        )
+    # A driver older than the CUDA runtime that was built in, for one.
+    return extension().cuda_runtime_problem() or None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def available_backends() -> tuple[str, ...]:
@@ -97,6 +122,13 @@ def _cannot_serve(name: str, tensor: Tensor) -> str | None:
             return "it has no float64 kernels"
         if device != "cuda" and not (name == "triton" and device == "cpu" and _interpreted()):
             return f"it works on CUDA tensors, and these are on {device}"
+    if name == "cuda":
+        capability = torch.cuda.get_device_capability(tensor.device)
+        if capability < CLUSTER_CAPABILITY:
+            return (
+                f"it needs compute capability 9.0 or newer, and {tensor.device} has "
+                f"{_dotted(capability)}"
+            )
     return None
 
 
@@ -105,17 +137,20 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
+def chosen() -> str:
+    """The backend that was chosen by hand, or "auto"."""
+    if _chosen:
+        return _chosen[-1]
+    return _checked(os.environ.get("KDFAST_BACKEND", "auto"), "KDFAST_BACKEND")
+
+
 def select(operation: str, backends: Mapping[str, Callable], tensor: Tensor) -> Callable:
     """The one of an operation's `backends` that serves tensors like `tensor`.
 
     A backend chosen by hand serves the call or says why it cannot. Otherwise the device decides,
     and what no fused backend serves goes to plain PyTorch, with one warning.
     """
-    name = (
-        _chosen[-1]
-        if _chosen
-        else _checked(os.environ.get("KDFAST_BACKEND", "auto"), "KDFAST_BACKEND")
-    )
+    name = chosen()
     if name != "auto":
         reason = (
             "it does not implement this operation"

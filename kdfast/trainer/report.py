@@ -4,7 +4,6 @@ import inspect
 import io
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdfast.files import fsync, temporary_of
+from kdfast import files
 from kdfast.ops.arguments import check_count
 
 REPORT = "report.md"
@@ -145,8 +144,8 @@ def write_report(
     # The curves first: the text never names a file that is not there.
     if terms:
         text += CURVES_SECTION
-        _write(directory / CURVES, _curves(matplotlib_figure, histories, terms))
-    _write(directory / REPORT, text.encode())
+        files.write(directory / CURVES, _curves(matplotlib_figure, histories, terms))
+    files.write(directory / REPORT, text.encode())
     return directory / REPORT
 
 
@@ -426,18 +425,3 @@ def _curves(
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """The whole file or the one before, after a power failure too."""
-    temporary = temporary_of(path)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
