@@ -112,6 +112,30 @@ def capture_attention(
         )
 
 
+def attention_layers(model: nn.Module) -> list[str]:
+    """The names of the modules that `capture_attention` numbers, in their order.
+
+    Raises:
+        ImportError, TypeError, ValueError: as of `capture_attention`.
+
+    Example:
+        >>> attention_layers(bert)[0]
+        'bert.encoder.layer.0.attention.self'
+    """
+    return list(_attention_modules(model, _interface()))
+
+
+def _attention_modules(model: nn.Module, interface: type) -> dict[str, nn.Module]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    found = {
+        name: module for name, module in model.named_modules() if _looks_up(type(module), interface)
+    }
+    if not found:
+        raise ValueError(_no_interface(model))
+    return found
+
+
 def _interface() -> type:
     """The class of transformers that models look their attention function up in."""
     try:
@@ -174,15 +198,7 @@ class _Capture:
         interface: type,
         allow_partial_scores: bool,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        found = {
-            name: module
-            for name, module in model.named_modules()
-            if _looks_up(type(module), interface)
-        }
-        if not found:
-            raise ValueError(_no_interface(model))
+        found = _attention_modules(model, interface)
         self.model = model
         self.watched = {found[name]: name for name in _chosen(layers, list(found), model)}
         self.allow_partial_scores = allow_partial_scores

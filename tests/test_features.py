@@ -130,7 +130,7 @@ def test_more_heads_are_mixed(make_trainer):
         make_trainer(student, teacher, [AttentionMSE()])
     with pytest.raises(ValueError, match=r"head_map must be \[2, 4\]"):
         make_trainer(student, teacher, [AttentionMSE(head_map=[[1.0], [1.0]])])
-    chosen = [AttentionMSE(head_map=[[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])]
+    chosen = [AttentionMSE(head_map=[[1, 0, 0, 0], [0, 0, 0.5, 0.5]])]
     assert make_trainer(student, teacher, chosen).compute_loss(student, dict(batch)) > 0
 
 
@@ -462,6 +462,7 @@ def test_the_uniform_map(student_layers, teacher_layers, expected):
         (lambda: AttentionMSE(layers={}), ValueError, "layers must name a layer"),
         (lambda: AttentionMSE(reduction="none"), ValueError, "reduction must be one of"),
         (lambda: AttentionMSE(method="fast"), ValueError, "method must be one of"),
+        (lambda: AttentionMSE(head_map=[["1"]]), TypeError, "head_map.s entries must be a number"),
         (lambda: AttentionMSE(head_map=[[1.0], [1.0, 2.0]]), ValueError, "head_map must be"),
         (lambda: HiddenMSE(projection="own"), ValueError, "projection must be one of"),
         (lambda: EmbeddingMSE(layers={0: 0}), ValueError, "layers is no setting"),
@@ -509,3 +510,57 @@ def test_models_without_an_inside(make_trainer):
 def test_wrappers_that_hide_the_inside(make_trainer):
     with pytest.raises(ValueError, match="torch_compile hides"):
         make_trainer(bert(8, 1), bert(8, 1), [HiddenMSE()], torch_compile=True)
+
+
+def test_what_would_not_train_projections_is_refused(make_trainer):
+    student, teacher = bert(8, 2), bert(16, 4)
+    optimizer = torch.optim.AdamW(student.parameters())
+    with pytest.raises(ValueError, match="optimizers was made before the projections"):
+        make_trainer(student, teacher, [HiddenMSE()], options={"optimizers": (optimizer, None)})
+    with pytest.raises(ValueError, match="model_init makes students that lack"):
+        make_trainer(None, teacher, [HiddenMSE()], options={"model_init": lambda: bert(8, 2)})
+    # Without projections there is nothing to miss.
+    make_trainer(student, bert(8, 4), [HiddenMSE()], options={"optimizers": (optimizer, None)})
+
+
+def test_the_student_is_itself_again_after_training(make_trainer):
+    student, teacher = bert(8, 2), bert(16, 4)
+    names = [name for name, _ in student.named_parameters()]
+    trainer = make_trainer(student, teacher, INSIDE, padded_rows(4), max_steps=1)
+    before = trainer.projections["shared"][0].clone()
+    trainer.train()
+    assert [name for name, _ in student.named_parameters()] == names
+    assert not torch.equal(trainer.projections["shared"][0], before)
+    # Those of a training that never began are another's too.
+    make_trainer(student, teacher, INSIDE)
+    make_trainer(student, teacher, [Logits()])
+    assert [name for name, _ in student.named_parameters()] == names
+
+
+def test_layers_without_attention_have_no_number(make_trainer):
+    crossed = bert(8, 2, is_decoder=True, add_cross_attention=True)
+    with pytest.raises(ValueError, match="has 2 layers and 4 attention modules"):
+        make_trainer(crossed, bert(16, 4), [AttentionMSE()])
+    make_trainer(crossed, bert(16, 4), [HiddenMSE()])
+
+
+def test_measures_of_unlabelled_data_are_not_asked_for(make_trainer):
+    asked = []
+    trainer = make_trainer(
+        bert(8, 2, BertForSequenceClassification, num_labels=3),
+        bert(16, 4, BertForSequenceClassification, num_labels=3),
+        [Logits()],
+        options={"eval_dataset": padded_rows(7), "compute_metrics": asked.append},
+    )
+    assert trainer.evaluate()["eval_soft_loss"] > 0
+    assert trainer.predict(padded_rows(7)).predictions.shape == (7, 3)
+    assert not asked
+
+
+def test_projections_are_as_wide_as_what_trains(make_trainer):
+    student = bert(8, 2).to(torch.bfloat16)
+    for parameter in student.parameters():
+        parameter.requires_grad_(False)
+    student.cls.float().requires_grad_(True)
+    trainer = make_trainer(student, bert(16, 4), [HiddenMSE()])
+    assert trainer.projections["HiddenMSE_0"][0].dtype == torch.float32

@@ -5,6 +5,7 @@ teacher: it finds the layers, has both models show them while they run, and adds
 inside the student's forward pass.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from kdfast.capture import AttentionInputs, capture_attention
+from kdfast.capture import AttentionInputs, attention_layers, capture_attention
 from kdfast.ops.arguments import check_choice, check_number
 from kdfast.ops.attention_mse import METHODS, REDUCTIONS, attention_mse
 from kdfast.ops.hidden import hidden_cosine, hidden_mse
@@ -113,6 +114,8 @@ class AttentionMSE(_LayerTerm):
         head_map: `[H, H_t]` as nested sequences: how the teacher's heads are mixed for each head of
             the student. Needed where their numbers differ.
         method: of `kdfast.attention_mse`.
+        allow_partial_scores: of `kdfast.capture_attention`: compare queries and keys of models
+            whose scores have a softcap, sinks or a relative position bias besides.
 
     Raises:
         TypeError, ValueError: naming the setting, what came and what was expected.
@@ -125,6 +128,7 @@ class AttentionMSE(_LayerTerm):
     reduction: str = "mean"
     head_map: Sequence[Sequence[float]] | None = None
     method: str = "auto"
+    allow_partial_scores: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,6 +140,9 @@ class AttentionMSE(_LayerTerm):
                 raise ValueError(
                     f"head_map must be [student heads, teacher heads], got rows of lengths {rows}"
                 )
+            for row in self.head_map:
+                for share in row:
+                    check_number("head_map's entries", share, -math.inf)
 
     def check_heads(self, student: int, teacher: int) -> None:
         """That the models' numbers of heads fit each other, or `head_map`."""
@@ -182,7 +189,9 @@ class AttentionMSE(_LayerTerm):
                     head_map=(
                         None
                         if self.head_map is None
-                        else torch.tensor(self.head_map, device=own.query.device)
+                        else torch.tensor(
+                            self.head_map, dtype=torch.float32, device=own.query.device
+                        )
                     ),
                     reduction=self.reduction,
                     method=self.method,
@@ -347,6 +356,10 @@ class FeatureLoss:
         for term, pairs in self._pairs:
             if isinstance(term, AttentionMSE):
                 term.check_heads(*heads)
+                for owner, model, count in zip(
+                    ("student", "teacher"), (student, teacher), layers, strict=True
+                ):
+                    _check_attention(owner, model, count)
             if isinstance(term, HiddenMSE):
                 names |= {term.projection_of(layer, widths) for layer, _ in pairs}
             if isinstance(term, HiddenCosine) and widths[0] != widths[1]:
@@ -366,6 +379,9 @@ class FeatureLoss:
             for side in (0, 1)
         )
         self._needs_hidden = not all(isinstance(term, AttentionMSE) for term in terms)
+        self._partial = any(
+            isinstance(term, AttentionMSE) and term.allow_partial_scores for term in terms
+        )
 
     @property
     def inputs(self) -> dict[str, bool]:
@@ -448,7 +464,10 @@ class FeatureLoss:
                 then(shown[0])
             return type(outputs)(**{k: v for k, v in outputs.items() if k != "hidden_states"})
 
-        with capture_attention(model, layers) if layers else nullcontext({}) as attention:
+        capture = nullcontext({})
+        if layers:
+            capture = capture_attention(model, layers, allow_partial_scores=self._partial)
+        with capture as attention:
             hook = inner_model(model).register_forward_hook(look, prepend=True)
             try:
                 yield shown
@@ -476,7 +495,7 @@ def _sizes(owner: str, model: nn.Module) -> tuple[int, int, int]:
             f"the {owner} ({type(model).__name__}) is an encoder and a decoder: attention and "
             "hidden states are compared between models of one stack"
         )
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = _text_config(model)
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads")
     sizes = tuple(getattr(config, name, None) for name in names)
     for name, size in zip(names, sizes, strict=True):
@@ -488,9 +507,24 @@ def _sizes(owner: str, model: nn.Module) -> tuple[int, int, int]:
     return sizes
 
 
+def _text_config(model: nn.Module) -> object:
+    config = getattr(without_adapter(model), "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _check_attention(owner: str, model: nn.Module, layers: int) -> None:
+    """That a layer's number is that of its attention."""
+    found = len(attention_layers(model))
+    if found != layers:
+        raise ValueError(
+            f"AttentionMSE: the {owner} ({type(without_adapter(model)).__name__}) has {layers} "
+            f"layers and {found} attention modules: which belongs to which is not known. Where "
+            "layers have none, several, or share one, call kdfast.attention_mse with what "
+            "kdfast.capture_attention records"
+        )
+
+
 def _deviation(student: nn.Module) -> float:
     """The standard deviation of a fresh weight of the student."""
-    deviation = getattr(
-        without_adapter(student).config.get_text_config(), "initializer_range", None
-    )
+    deviation = getattr(_text_config(student), "initializer_range", None)
     return 0.02 if deviation is None else deviation

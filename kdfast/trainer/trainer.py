@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
 from kdfast.teacher_cache import TeacherCache
@@ -25,6 +25,9 @@ from kdfast.trainer.step import Batch, Share, Step
 from kdfast.trainer.vocabulary import check_same_vocabulary
 
 logger = logging.get_logger(__name__)
+
+# What the objective learns beside the student is its submodule of this name while it trains.
+PROJECTIONS = "distillation_projections"
 
 
 class DistillationTrainer(WholeCheckpoints):
@@ -116,6 +119,8 @@ class DistillationTrainer(WholeCheckpoints):
         if isinstance(teacher, Sequence):
             teacher = Ensemble(teacher, vocab_size=vocab_size)
         super().__init__(*args, **kwargs)
+        # Of another training, which was not finished: no part of a student.
+        vars(self.model)["_modules"].pop(PROJECTIONS, None)
         self._check_loss_is_ours(teacher)
         if teacher_tokenizer is not None and self.processing_class is not None:
             check_same_vocabulary(self.processing_class, teacher_tokenizer)
@@ -210,13 +215,54 @@ class DistillationTrainer(WholeCheckpoints):
             raise ValueError(
                 "torch_compile hides the student's inside, at which the objective looks"
             )
-        self._features = FeatureLoss(self.objective.features, self.model, self.teacher)
-        if self.projections is not None:
-            parameter = next(self.model.parameters())
-            # A submodule, for whatever optimises or wraps the student's parameters.
-            self.model.distillation_projections = self.projections.to(
-                parameter.device, parameter.dtype
+        if hasattr(self.model, "_orig_mod"):
+            raise ValueError(
+                "the student is compiled, which hides its inside, at which the objective looks: "
+                "use student.compile(), which compiles in place, or no compilation"
             )
+        self._features = FeatureLoss(self.objective.features, self.model, self.teacher)
+        handler = self.accelerator.ddp_handler
+        if not self.objective.of_tokens and handler is not None:
+            # The output head is unused, for which Trainer does not look where it checkpoints.
+            chosen = self.args.ddp_find_unused_parameters
+            handler.find_unused_parameters = True if chosen is None else chosen
+        if self.projections is not None:
+            self._check_projections_train()
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            dtype = trained[0].dtype if trained else torch.float32
+            self.projections.to(self.args.device, dtype)
+            self._attach_projections()
+
+    def _check_projections_train(self) -> None:
+        if self.optimizer is not None:
+            raise ValueError(
+                "optimizers was made before the projections that the objective learns: pass "
+                "optimizer_cls_and_kwargs instead"
+            )
+        if self.model_init is not None:
+            raise ValueError(
+                "model_init makes students that lack the projections which the objective learns: "
+                "pass model instead"
+            )
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "fsdp_config: cpu_ram_efficient_loading reloads a student's own parameters alone, "
+                "and the objective learns projections besides: set it to false"
+            )
+
+    def _attach_projections(self) -> None:
+        if self.projections is not None:
+            # A submodule, for whatever optimises or wraps the student's parameters.
+            self.model.add_module(PROJECTIONS, self.projections)
+
+    def train(self, *args: object, **kwargs: object) -> TrainOutput:
+        self._attach_projections()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            # What was trained is the student.
+            vars(self.model)["_modules"].pop(PROJECTIONS, None)
 
     def _take_from(self, cache: TeacherCache) -> None:
         """Batches with the cache's rows, and an objective that fits them."""
@@ -319,8 +365,11 @@ class DistillationTrainer(WholeCheckpoints):
         if any(inputs.get(name) is None for name in self.label_names):
             # Without labels Trainer hands the whole batch to the student.
             pop_rows(inputs)
-        with self._loss_without_labels(inputs):
+        with self._loss_without_labels(inputs) as unlabelled:
             prediction = super().prediction_step(model, inputs, *args, **kwargs)
+        if unlabelled:
+            # Trainer takes no names for labels that are there, and would measure against them.
+            prediction = (*prediction[:2], None)
         if self._terms:
             # Repeated like Trainer's own losses, so that the gathering drops what fills the last
             # batch up.
@@ -329,14 +378,15 @@ class DistillationTrainer(WholeCheckpoints):
         return prediction
 
     @contextmanager
-    def _loss_without_labels(self, inputs: Mapping[str, Tensor]) -> Iterator[None]:
+    def _loss_without_labels(self, inputs: Mapping[str, Tensor]) -> Iterator[bool]:
         """Has Trainer ask for the loss of a batch that needs no labels for it, and has none."""
         names, can_return = self.label_names, self.can_return_loss
         needed = self.objective.needs_labels(per_token=not _is_of_sequences(self.model))
-        if not needed and any(inputs.get(name) is None for name in names):
+        unlabelled = not needed and any(inputs.get(name) is None for name in names)
+        if unlabelled:
             self.label_names, self.can_return_loss = [], True
         try:
-            yield
+            yield unlabelled
         finally:
             self.label_names, self.can_return_loss = names, can_return
 
