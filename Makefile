@@ -21,10 +21,12 @@ demo: $(VENV)/installed
 	$(BIN)/python bench/demo.py
 	$(BIN)/python bench/demo_tinybert.py
 
-# The Triton interpreter is chosen when a process first imports a kernel, so its tests have a process of their own.
+# A process per core, whose threads do not spin while they wait for each other. The Triton interpreter is chosen when a
+# process first imports a kernel, so its tests have processes of their own.
+test: export OMP_WAIT_POLICY = passive
 test: $(VENV)/installed
-	$(BIN)/pytest tests
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_triton.py tests/test_triton_topk.py tests/test_triton_attention_mse.py tests/test_triton_hidden.py
+	$(BIN)/pytest tests -n auto --dist loadfile
+	TRITON_INTERPRET=1 $(BIN)/pytest -n auto --dist worksteal tests/test_triton.py tests/test_triton_topk.py tests/test_triton_attention_mse.py tests/test_triton_hidden.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

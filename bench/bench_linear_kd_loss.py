@@ -2,7 +2,8 @@
 
 A round is a training step: the loss and the gradients of the student's hidden states and weight,
 leaves whose `grad` is set to None before the round, untimed. The bound to compare with is the four
-matrix products that such a step cannot do without, into fresh outputs.
+matrix products that such a step cannot do without, into fresh outputs. They are PyTorch's: kdfast
+is below them where it has faster ones of its own (docs/performance.md).
 """
 
 import functools

@@ -12,6 +12,7 @@
 #include "cpu/hidden.h"
 #include "cpu/kd_loss.h"
 #include "cpu/linear_topk_kd_loss.h"
+#include "cpu/matmul.h"
 #include "cpu/pages.h"
 #include "cpu/topk_kd_loss.h"
 #include "cpu/truncated_softmax.h"
@@ -253,6 +254,19 @@ void attention_mse(const HeadsTuple& student_query, const HeadsTuple& student_ke
   kdfast::attention_mse(call);
 }
 
+void matmul(const MatrixTuple& left, const MatrixTuple& right, Address out, int64_t out_row,
+            int64_t rows, int64_t columns, int64_t depth, bool add, int threads) {
+  const auto factor = [](const MatrixTuple& tuple) -> kdfast::Factor {
+    const kdfast::Matrix found = matrix(tuple);
+    return {found.data, found.outer_stride, found.inner_stride, found.dtype};
+  };
+  const kdfast::MatMul call{factor(left), factor(right), reinterpret_cast<float*>(out),
+                            out_row,      rows,          columns,
+                            depth,        add,           threads};
+  py::gil_scoped_release release;
+  kdfast::matmul(call);
+}
+
 #if defined(KDFAST_CUDA)
 
 // Address and step of one value per row; without an address, the value for all of them.
@@ -333,6 +347,11 @@ PYBIND11_MODULE(_C, module) {
 #if defined(KDFAST_CUDA)
   define_cuda(module);
 #endif
+  module.def("matmul", matmul, py::kw_only(), py::arg("left"), py::arg("right"), py::arg("out"),
+             py::arg("out_row"), py::arg("rows"), py::arg("columns"), py::arg("depth"),
+             py::arg("add"), py::arg("threads"));
+  module.def("has_unused_vectors", kdfast::has_unused_vectors);
+
   const auto define_attention_mse = [&module](const char* name, auto function) {
     module.def(name, function, py::kw_only(), py::arg("student_query"), py::arg("student_key"),
                py::arg("teacher_query"), py::arg("teacher_key"), py::arg("query_gradient"),

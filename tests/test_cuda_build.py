@@ -173,6 +173,16 @@ def test_shared_memory_of_the_documented_clusters(dtype, vocab, blocks, resident
 
 # What Python hands to the kernel, as far as that goes without a device.
 
+OPTIONS = {
+    "divergence": "jsd",
+    "beta": 0.5,
+    "scale_t2": True,
+    "alpha": 0.5,
+    "ignore_index": -100,
+    "vocab_size": 8,
+    "need_hard": True,
+}
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_every_argument_reaches_the_launcher(cuda_extension, monkeypatch):
@@ -186,31 +196,39 @@ def test_every_argument_reaches_the_launcher(cuda_extension, monkeypatch):
     monkeypatch.setattr(kd_loss_ops, "_cluster_blocks", lambda *_: (2, ""))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream)
     rows = torch.zeros(1, 2, 8)
-    options = {
-        "divergence": "jsd", "beta": 0.5, "scale_t2": True, "alpha": 0.5, "ignore_index": -100,
-        "vocab_size": 8, "need_hard": True,
-    }  # fmt: skip
     for temperature in (1, torch.ones(2)):
         with pytest.raises(RuntimeError, match="the CUDA kernel did not start: cuda"):
             kd_loss_ops._cuda_rows(
                 rows, rows, torch.zeros(2).int(), torch.ones(2), temperature, 2.0,
-                torch.ones(1), torch.empty_like(rows), **options,
+                torch.ones(1), torch.empty_like(rows), **OPTIONS,
             )  # fmt: skip
+
+
+def test_a_teacher_in_float64_is_narrowed(monkeypatch):
+    types = []
+
+    def planned(device, vocab_size, student, teacher, divergence):
+        types.append((student, teacher))
+        return 0, "no device"
+
+    monkeypatch.setattr(kd_loss_ops, "_cluster_blocks", planned)
+    monkeypatch.setattr(kd_loss_ops, "_triton_rows", lambda *_, **__: None)
+    rows = torch.zeros(1, 2, 8)
+    kd_loss_ops._cuda_rows(
+        rows.bfloat16(), rows.double(), None, None, 1.0, 1.0, None, None, **OPTIONS
+    )
+    assert types == [("bfloat16", "float32")]
 
 
 def test_rows_without_a_place_go_to_triton_unless_cuda_was_named(monkeypatch):
     monkeypatch.setattr(kd_loss_ops, "_cluster_blocks", lambda *_: (0, "too wide"))
     monkeypatch.setattr(kd_loss_ops, "_triton_rows", lambda *_, **options: options["divergence"])
     rows = torch.zeros(1, 2, 8)
-    options = {
-        "divergence": "jsd", "beta": 0.5, "scale_t2": True, "alpha": 0.5, "ignore_index": -100,
-        "vocab_size": 8, "need_hard": True,
-    }  # fmt: skip
     arguments = (rows, rows, None, None, 1.0, 1.0, None, None)
-    assert kd_loss_ops._cuda_rows(*arguments, **options) == "jsd"
+    assert kd_loss_ops._cuda_rows(*arguments, **OPTIONS) == "jsd"
     monkeypatch.setattr(registry, "chosen", lambda: "cuda")
     with pytest.raises(RuntimeError, match="'cuda' cannot serve this call: too wide"):
-        kd_loss_ops._cuda_rows(*arguments, **options)
+        kd_loss_ops._cuda_rows(*arguments, **OPTIONS)
 
 
 @pytest.fixture

@@ -131,6 +131,14 @@ def test_any_alignment_and_type(student_dtype, teacher_dtype, offsets):
         assert_gradient_close(gradient, expected_gradient)
 
 
+def test_a_teacher_in_float64():
+    student, teacher = logits(3, 1003), logits(3, 1003).double()
+    loss, gradient = loss_and_gradient(student, teacher)
+    expected, expected_gradient = oracle(student, teacher)
+    assert_loss_close(loss, expected, torch.float32)
+    assert_gradient_close(gradient, expected_gradient)
+
+
 @pytest.mark.parametrize("gradient_dtype", DTYPES, ids=str)
 def test_gradients_of_another_type(gradient_dtype):
     """As linear_kd_loss asks for them, of float32 logits."""

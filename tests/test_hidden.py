@@ -3,6 +3,7 @@ import inspect
 import itertools
 import pickle
 
+import products
 import pytest
 import torch
 import torch.nn.functional as F
@@ -429,14 +430,9 @@ def test_memory_is_the_gradients_and_a_chunk(monkeypatch):
             assert peak_of(lambda op=operation: op(student, teacher)) < slack
 
 
-def _product_flops(step):
-    with torch.profiler.profile(with_flops=True) as profile:
-        step()
-    products = ("aten::mm", "aten::addmm")
-    return sum(event.flops for event in profile.key_averages() if event.key in products)
-
-
-def test_a_step_is_three_products():
+@pytest.mark.parametrize("multiplier", products.CHOICES)
+def test_a_step_is_three_products(multiplier, monkeypatch):
+    monkeypatch.setenv("KDFAST_MATMUL", multiplier)
     arguments = states("projected", 64)
     one = 2 * 64 * 20 * 12
 
@@ -448,7 +444,7 @@ def test_a_step_is_three_products():
             if differentiable:
                 loss.backward()
 
-        return _product_flops(step)
+        return products.product_flops(step)
 
     assert flops(*NAMES) == 3 * one
     assert flops("student") == flops("weight") == 2 * one

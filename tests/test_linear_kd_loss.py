@@ -2,6 +2,7 @@ import copy
 import inspect
 import pickle
 
+import products
 import pytest
 import torch
 import torch.nn.functional as F
@@ -206,13 +207,15 @@ def test_ignored_tokens_count_for_nothing(dtype, backend):
     assert (result[1]["student_hidden"][1:4, 1] == 0).all()
 
 
-def test_ignored_tokens_take_part_in_no_product(monkeypatch):
+@pytest.mark.parametrize("multiplier", products.CHOICES)
+def test_ignored_tokens_take_part_in_no_product(multiplier, monkeypatch):
+    monkeypatch.setenv("KDFAST_MATMUL", multiplier)
     arguments, labels = heads(64), torch.full((64,), -100)
     labels[10:12] = 5
     counted = loss_and_gradients(
         {n: v[10:12] if "hidden" in n else v for n, v in arguments.items()}, labels[10:12]
     )
-    flops = _product_flops(lambda: loss_and_gradients(arguments, labels))
+    flops = products.product_flops(lambda: loss_and_gradients(arguments, labels))
     assert flops == 2 * 2 * 101 * (3 * 16 + 24)
     result = loss_and_gradients(arguments, labels)
     torch.testing.assert_close(result[1]["student_weight"], counted[1]["student_weight"])
@@ -275,15 +278,10 @@ def test_num_items_and_parts(backend):
 # What is computed, and in what memory.
 
 
-def _product_flops(step):
-    with torch.profiler.profile(with_flops=True) as profile:
-        step()
-    products = ("aten::mm", "aten::addmm")
-    return sum(event.flops for event in profile.key_averages() if event.key in products)
-
-
+@pytest.mark.parametrize("multiplier", products.CHOICES)
 @pytest.mark.parametrize("chunk_size", [5, 16, 64])
-def test_a_step_is_four_products(chunk_size):
+def test_a_step_is_four_products(chunk_size, multiplier, monkeypatch):
+    monkeypatch.setenv("KDFAST_MATMUL", multiplier)
     rows, vocab, student, teacher = 64, 211, 16, 24
     arguments = heads(rows, vocab=vocab, student=student, teacher=teacher)
     one = 2 * rows * vocab
@@ -300,7 +298,7 @@ def test_a_step_is_four_products(chunk_size):
             if grad:
                 loss.backward()
 
-        return _product_flops(step)
+        return products.product_flops(step)
 
     assert flops(*NAMES) == one * (3 * student + teacher)
     assert flops("student_hidden") == one * (2 * student + teacher)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import hashlib
 import importlib
 import json
@@ -201,7 +202,9 @@ def _read(path: Path) -> IterableDataset:
 
     reader, options = READERS[path.suffix.lower()]
     with reporting(f"cannot read {path}"):
-        return load_dataset(reader, data_files=str(path), split="train", streaming=True, **options)
+        # A pattern, for datasets.
+        files = glob.escape(str(path))
+        return load_dataset(reader, data_files=files, split="train", streaming=True, **options)
 
 
 def _check_columns(arguments: argparse.Namespace, sources: list[IterableDataset]) -> Schema:

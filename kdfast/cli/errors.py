@@ -25,16 +25,21 @@ def reporting(what: str = "") -> Iterator[None]:
     except CommandError:
         raise
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = reason_of(error)
         raise CommandError(f"{what}: {reason}" if what else reason) from error
     finally:
         logging.set_verbosity(verbosity)
 
 
-def need(what: str, *packages: str) -> None:
+def reason_of(error: Exception) -> str:
+    """What it says, in one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def need(what: str, *packages: str, extra: str = "trainer") -> None:
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise CommandError(f"{what} needs {package}: pip install 'kdfast[trainer]'")
+            raise CommandError(f"{what} needs {package}: pip install 'kdfast[{extra}]'")
 
 
 def silence_libraries() -> None:

@@ -59,11 +59,11 @@ def check_model(owner: str, path: Path) -> None:
         raise CommandError(f"--teacher {path} holds no weights")
 
 
-def check_dataset(files: Sequence[Path]) -> None:
+def check_dataset(files: Sequence[Path], flag: str = "--dataset") -> None:
     for path in files:
         if not path.is_file():
             raise CommandError(
-                f"--dataset {path} {'is not a file' if path.exists() else 'does not exist'}"
+                f"{flag} {path} {'is not a file' if path.exists() else 'does not exist'}"
             )
 
 
@@ -110,7 +110,8 @@ def load_model(
     return model
 
 
-def _load_tokenizer(owner: str, path: Path) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(owner: str, path: Path) -> PreTrainedTokenizerBase | None:
+    """The one beside a model; None if there is none."""
     from transformers import AutoTokenizer
 
     # Without any of them, transformers makes up an empty tokenizer.
@@ -123,7 +124,7 @@ def _load_tokenizer(owner: str, path: Path) -> PreTrainedTokenizerBase | None:
 def teachers_tokenizer(path: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     from kdfast.trainer.vocabulary import check_vocabulary_fits
 
-    tokenizer = _load_tokenizer("teacher", path)
+    tokenizer = load_tokenizer("teacher", path)
     if tokenizer is None:
         raise CommandError(f"--teacher {path} holds no tokenizer")
     with reporting():
@@ -135,7 +136,7 @@ def cached_tokenizer(cache: TeacherCache) -> PreTrainedTokenizerBase:
     from kdfast.teacher_cache.format import TOKENIZER
 
     path = cache.directory / TOKENIZER
-    tokenizer = _load_tokenizer("teacher cache", path)
+    tokenizer = load_tokenizer("teacher cache", path)
     if tokenizer is None:
         raise CommandError(f"{path} holds no tokenizer")
     with reporting(str(path)):
@@ -143,17 +144,30 @@ def cached_tokenizer(cache: TeacherCache) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_other_teacher(path: Path, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """That one more teacher reads the first one's tokens, in its own tokenizer if it has one."""
+    from kdfast.trainer.vocabulary import check_vocabulary_fits
+
+    own = load_tokenizer("teacher", path)
+    if own is not None and own.get_vocab() != tokenizer.get_vocab():
+        raise CommandError(
+            f"--teacher {path} has other tokens than the first teacher: a mean of probabilities "
+            "needs one vocabulary"
+        )
+    with reporting():
+        check_vocabulary_fits(tokenizer, vocab_size, f"the teacher in {path}")
+
+
 def students_tokenizer(
-    path: Path, vocab_size: int, teachers: PreTrainedTokenizerBase
+    own: PreTrainedTokenizerBase | None, vocab_size: int, teachers: PreTrainedTokenizerBase
 ) -> PreTrainedTokenizerBase:
     """The student's own, or else the teacher's."""
     from kdfast.trainer.vocabulary import check_same_vocabulary, check_vocabulary_fits
 
-    tokenizer = _load_tokenizer("student", path)
     with reporting():
-        if tokenizer is not None:
-            check_same_vocabulary(tokenizer, teachers)
-        tokenizer = tokenizer or teachers
+        if own is not None:
+            check_same_vocabulary(own, teachers)
+        tokenizer = own or teachers
         check_vocabulary_fits(tokenizer, vocab_size, "the student")
     return tokenizer
 

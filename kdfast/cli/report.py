@@ -51,7 +51,7 @@ def _plain(
     optimizer: tuple[type[torch.optim.Optimizer], dict[str, object]] | None = None,
 ) -> WholeCheckpoints:
     with reporting():
-        return WholeCheckpoints(
+        trainer = WholeCheckpoints(
             model=model,
             args=arguments,
             train_dataset=prepared.train,
@@ -60,6 +60,10 @@ def _plain(
             compute_metrics=prepared.compute_metrics,
             optimizer_cls_and_kwargs=optimizer,
         )
+    # Some models take a divisor for their loss and leave it unused, and Trainer leaves it to them.
+    # So the loss is each batch's own mean, and of batches and processes the mean of theirs.
+    trainer.model_accepts_loss_kwargs = False
+    return trainer
 
 
 def _score(model: PreTrainedModel, arguments: TrainingArguments, prepared: Prepared) -> float:

@@ -171,26 +171,34 @@ def load_classifier(
             for the task before has its classes already, which must be the same.
     """
     if student_settings is not None:
-        if task in CLASSIFICATIONS and path is not None and has_weights(path):
-            _check_same_classes(path, config, task, student_settings)
+        if path is not None and has_weights(path):
+            check_same_classes(f"the student in {path}", config, task, student_settings)
         for name, value in student_settings.items():
             setattr(config, name, value)
     return load_model(owner, path, config, task)
 
 
-def _check_same_classes(
-    path: Path, config: PreTrainedConfig, task: str, settings: dict[str, object]
+def check_same_classes(
+    whose: str,
+    config: PreTrainedConfig,
+    task: str,
+    settings: dict[str, object],
+    others: str = "the teacher",
 ) -> None:
-    if not is_for(config, task):
+    """That a model which was trained for the task has the classes that a teacher has.
+
+    Args:
+        whose: the model's, for the error; `config` is its config.
+        settings: `Prepared.student_settings`, made of the config of the one called `others`.
+    """
+    if task not in CLASSIFICATIONS or not is_for(config, task):
         return
     own, wanted = _Classes.of(config), _Classes(settings["num_labels"], settings["label2id"])
     if own.count != wanted.count:
-        raise CommandError(
-            f"the student in {path} has {own.count} classes and the teacher {wanted.count}"
-        )
+        raise CommandError(f"{whose} has {own.count} classes and {others} {wanted.count}")
     if own.numbers != wanted.numbers and not own.generic and not wanted.generic:
         raise CommandError(
-            f"the student in {path} has the classes {own.listed} and the teacher {wanted.listed}"
+            f"{whose} has the classes {own.listed} and {others} {wanted.listed}"
         )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops.arguments import check_floating, check_number, check_same_device, check_shape
+from kdfast.ops.matmul import multiply, takes_half
 from kdfast.ops.memory import fresh
 
 # What one chunk may take, where KDFAST_CHUNK_BYTES does not say. A CPU's caches are long outgrown,
@@ -32,15 +33,6 @@ def product_dtype(hidden: Tensor, weight: Tensor, autocast: torch.dtype | None) 
     if dtype == torch.float64 or hidden.device.type != "cuda":
         return wide_dtype(dtype)
     return dtype if autocast is None else autocast
-
-
-def multiply(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-    """out = left right, or out += left right, accumulated in the precision of `out`."""
-    widening = {} if left.dtype == out.dtype else {"out_dtype": out.dtype}
-    if accumulate:
-        torch.addmm(out, left, right, **widening, out=out)
-    else:
-        torch.mm(left, right, **widening, out=out)
 
 
 class Head:
@@ -69,11 +61,12 @@ class Head:
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight as the products take it, some columns of the logits at a time."""
         vocab, width = self.weight.shape
-        size = vocab if self.weight.dtype == self.dtype else BLOCK_BYTES // (4 * width)
-        size = max(1, size)
+        as_it_is = self.weight.dtype == self.dtype or takes_half(self.weight, self.dtype)
+        size = max(1, vocab if as_it_is else BLOCK_BYTES // (4 * width))
         for begin in range(0, vocab, size):
             columns = slice(begin, min(begin + size, vocab))
-            yield columns, self.weight[columns].to(self.dtype)
+            weight = self.weight[columns]
+            yield columns, weight if as_it_is else weight.to(self.dtype)
 
     def logits(self, rows: Tensor, out: Tensor) -> Tensor:
         """The logits of hidden states `rows`, in `out`."""

@@ -117,6 +117,8 @@ def _cuda_rows(
     vocab_size: int,
     need_hard: bool,
 ) -> Tensor:
+    if teacher.dtype == torch.float64:
+        teacher = teacher.float()
     device, kind = student.get_device(), DIVERGENCES.index(divergence)
     tensors = Addresses()
     student_rows, teacher_rows = tensors.matrix(student), tensors.matrix(teacher)

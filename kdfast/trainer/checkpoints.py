@@ -5,14 +5,20 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    IntervalStrategy,
+    SaveStrategy,
+    TrainOutput,
+)
 from transformers.utils import (
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -55,8 +61,12 @@ class WholeCheckpoints(Trainer):
     A checkpoint is written under another name, put on the disk, and renamed when nothing of it is
     missing; before it is deleted it loses its name. The files of a model that `save_model` writes
     are treated alike.
+
+    Attributes:
+        beside: texts by the names of files, which go into every checkpoint.
     """
 
+    beside: Mapping[str, str] = MappingProxyType({})
     _staging = False
 
     def train(
@@ -88,6 +98,19 @@ class WholeCheckpoints(Trainer):
             raise CheckpointError(f"{resume_from_checkpoint} is no whole checkpoint: {flaw}")
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
+    def _run_epoch(self, *, trial: object, ignore_keys_for_eval: object, **options: object) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval, **options)
+            return
+        # Trainer looks whether to stop after each step. Resumed behind the last one, it would train
+        # one more.
+        self.control.should_training_stop = True
+        step = self.state.global_step
+        evaluated = any("eval_loss" in e and e["step"] == step for e in self.state.log_history)
+        if self.args.eval_strategy == IntervalStrategy.EPOCH and not evaluated:
+            # A checkpoint in the middle of the epoch was written before its evaluation.
+            self._evaluate(trial, ignore_keys_for_eval)
+
     def _get_output_dir(self, trial: object) -> str:
         directory = super()._get_output_dir(trial)
         return os.path.join(directory, UNFINISHED) if self._staging else directory
@@ -107,6 +130,8 @@ class WholeCheckpoints(Trainer):
             self.accelerator.wait_for_everyone()
             self._look_for_best(directory, name)
             if self.args.should_save:
+                for file, text in self.beside.items():
+                    (staged / file).write_text(text, encoding="utf-8")
                 self.state.save_to_json(str(staged / STATE))
                 fsync_all(staged)
                 _discard(final)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -65,6 +65,15 @@ class Projections(nn.Module):
             save_file(tensors, partial)
             os.replace(partial, path)
 
+    def fits(self, directory: str | Path) -> bool:
+        """Whether `directory` holds projections of these names and sizes, for `load`.
+
+        Raises:
+            ValueError: what it holds is damaged.
+        """
+        path = Path(directory, FILE)
+        return path.is_file() and _shapes_in(path) == self._shapes
+
     def load(self, directory: str | Path) -> None:
         """Reads what `save` wrote.
 
@@ -73,19 +82,27 @@ class Projections(nn.Module):
             ValueError: it is damaged, or holds other projections.
         """
         path = Path(directory, FILE)
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        from torch.distributed.tensor import distribute_tensor
-
-        own = dict(self.named_parameters())
-        found, expected = ({n: tuple(t.shape) for n, t in d.items()} for d in (tensors, own))
+        found, expected = _shapes_in(path), self._shapes
         if found != expected:
             raise ValueError(f"{path} holds {found}: the objective has {expected}")
+        from torch.distributed.tensor import distribute_tensor
+
+        tensors, own = load_file(path), dict(self.named_parameters())
         with torch.no_grad():
             for name, parameter in own.items():
                 tensor = tensors[name].to(parameter.device)
                 if is_dtensor(parameter):
                     tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
                 parameter.copy_(tensor)
+
+    @property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
+
+
+def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error

@@ -1,5 +1,6 @@
 """Text files into blocks of tokens."""
 
+import glob
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -40,7 +41,8 @@ def load_rows(path: str | Path) -> Dataset:
     try:
         # datasets has a different error for each kind of empty file.
         if path.stat().st_size > 0:
-            rows = reader(str(path), **options)
+            # A pattern, for datasets.
+            rows = reader(glob.escape(str(path)), **options)
     except (DatasetGenerationError, ValueError) as error:
         if "corresponds to no data" not in str(error):
             # A DatasetGenerationError says no more than that there was one.
