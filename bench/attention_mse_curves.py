@@ -31,6 +31,8 @@ EPSILONS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 # same, turned, or turned in a space of more dimensions. The scores are the same in all three.
 BASES = {"one basis": 64, "rotated": 64, "rotated, wider": 96}
 TEACHER_WIDTH, LENGTH = 64, 1024
+# What the queries and keys of an independent student measure, its teacher's being 1.
+SIZES = (1.0, 1e-1, 1e-2, 1e-4)
 
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536)
 # The longest sequence whose maps fit into a small machine's memory.
@@ -58,6 +60,8 @@ class Growth:
 
 # By basis, method and distance.
 Precisions = dict[tuple[str, str, float], Precision]
+# By method and size of the student.
+SmallPrecisions = dict[tuple[str, float], Precision]
 # By name and number of tokens.
 Growths = dict[tuple[str, int], Growth]
 
@@ -124,6 +128,33 @@ def precisions(dtype: torch.dtype, bases: Iterable[str] = tuple(BASES)) -> Preci
             unrounded = _loss_and_gradients(reference.attention_mse_sums, exact)
             found[basis, "rounding", epsilon] = _error(expected, unrounded)
     return found
+
+
+def small_precisions(sizes: Iterable[float] = SIZES) -> SmallPrecisions:
+    """Of each method in float32, on a student that is smaller than its teacher."""
+    found = {}
+    for size in sizes:
+        generator = torch.Generator().manual_seed(0)
+        inputs = [
+            scale * torch.randn(1, 1, LENGTH, TEACHER_WIDTH, generator=generator)
+            for scale in (size, size, 1.0, 1.0)
+        ]
+        wide = [tensor.double() for tensor in inputs]
+        expected = _loss_and_gradients(reference.attention_mse_sums, wide)
+        for method in METHODS:
+            sums = _loss_and_gradients(kdfast.attention_mse, inputs, method=method, reduction="sum")
+            found[method, size] = _error(sums, expected)
+    return found
+
+
+def small_table(found: SmallPrecisions) -> str:
+    """As Markdown: the errors of loss and gradient by the student's size."""
+    methods = list(dict.fromkeys(method for method, _ in found))
+    sizes = list(dict.fromkeys(size for _, size in found))
+    rows = [[f"{size:g}", *(str(found[method, size]) for method in methods)] for size in sizes]
+    header = ["size", *methods]
+    rule = ["---"] * len(header)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 
 def precision_table(found: Precisions) -> str:
@@ -263,6 +294,7 @@ def main() -> None:
     if arguments.only != "growth":
         found = precisions(torch.float32)
         print(precision_table({at: error for at, error in found.items() if at[1] != "rounding"}))
+        print(small_table(small_precisions()))
         half = precisions(torch.bfloat16, ("one basis", "rotated"))
         print(precision_table(half))
         for theme in report.THEMES:

@@ -11,7 +11,9 @@ it is for float32, whose products are float32's. σ is multiplied to products, n
 half precision stay what they are, and go to the tensor cores, where each of their terms is exact.
 
 Query heads that share the key heads of both models are a group, and rows of one matrix. A Gram
-matrix AᵀA, AᵀB, BᵀB is kept for each chunk of tokens, padded to powers of two.
+matrix AᵀA, AᵀB, BᵀB is kept for each chunk of tokens, padded to powers of two. With differences
+A_qᵀ Q_s and Q_sᵀ B_q are kept besides, for the gradient of the keys. With Q_s = A_q + σ B_q they
+are sums of the others; but where the student is smaller than its teacher, these sums cancel.
 docs/attention-mse.md says why that is all the loss and its gradients need.
 """
 
@@ -232,6 +234,55 @@ def write_grams(
 
 
 @triton.jit
+def write_student_products(
+    products_ptr,  # of this chunk
+    student,
+    teacher,
+    mask_ptr,
+    sample,
+    head,
+    group,
+    begin,
+    length,
+    ratio,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SLAB: tl.constexpr,
+):
+    """A_qᵀ Q_s and Q_sᵀ B_q of a chunk of tokens of `group` heads, for differences.
+
+    One sweep over the tokens for each SLAB of their rows.
+    """
+    blocks = tl.cdiv(tl.minimum(length - begin, CHUNK), BLOCK).to(tl.int32)
+    columns = tl.arange(0, COLUMNS)[None, :]
+    ROWS: tl.constexpr = min(SLAB, COLUMNS)
+    for first in range(0, COLUMNS, ROWS):
+        of_difference = tl.zeros([ROWS, COLUMNS], tl.float32)
+        of_teacher = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for index in range(0, group * blocks):
+            tokens = begin + index % blocks * BLOCK + tl.arange(0, BLOCK)
+            counts = counted(mask_ptr, sample, tokens, length)
+            of_head = head + index // blocks
+            s = load_tokens(student, sample, of_head, tokens, counts, 0, WIDTH, COLUMNS, COLUMNS)
+            t = load_tokens(teacher, sample, of_head, tokens, counts, 0, WIDTH, COLUMNS, COLUMNS)
+            s_slab = load_tokens(
+                student, sample, of_head, tokens, counts, first, WIDTH, COLUMNS, ROWS
+            )
+            t_slab = load_tokens(
+                teacher, sample, of_head, tokens, counts, first, WIDTH, COLUMNS, ROWS
+            )
+            a_slab, _ = sided(s_slab, t_slab, ratio, True, True)
+            of_difference += product(tl.trans(a_slab), s, PRECISION)
+            of_teacher += product(tl.trans(s_slab), t, PRECISION)
+        rows = first + tl.arange(0, ROWS)[:, None]
+        tl.store(products_ptr + rows * COLUMNS + columns, of_difference)
+        tl.store(products_ptr + (COLUMNS + rows) * COLUMNS + columns, of_teacher)
+
+
+@triton.jit
 def load_gram_tile(
     grams_ptr, rows, columns, STUDENT_COLUMNS: tl.constexpr, TEACHER_COLUMNS: tl.constexpr
 ):
@@ -252,6 +303,16 @@ def load_gram_tile(
         grams_ptr + rows * TEACHER_COLUMNS + columns, mask=teacher_row & teacher_column, other=0.0
     )
     return own.to(tl.float64), cross.to(tl.float64), rest.to(tl.float64)
+
+
+@triton.jit
+def load_product_tile(products_ptr, rows, columns, COLUMNS: tl.constexpr):
+    """A tile of A_qᵀ Q_s and one of Q_sᵀ B_q, in float64; 0 where a matrix ends before it."""
+    inside = (rows < COLUMNS) & (columns < COLUMNS)
+    one = tl.load(products_ptr + rows * COLUMNS + columns, mask=inside, other=0.0)
+    products_ptr += COLUMNS * COLUMNS
+    two = tl.load(products_ptr + rows * COLUMNS + columns, mask=inside, other=0.0)
+    return one.to(tl.float64), two.to(tl.float64)
 
 
 @triton.jit
@@ -276,6 +337,7 @@ def store_matrix_tile(
 @triton.jit
 def join_tile(
     grams_ptr,  # (chunks, 2, SIZE): of queries and of keys
+    products_ptr,  # (chunks, 2, COLUMNS, COLUMNS), or None
     matrices_ptr,  # (1, or chunks if CAUSAL; 2; STUDENT + TEACHER_COLUMNS, STUDENT_COLUMNS)
     loss_ptr,
     tile_row,
@@ -290,8 +352,8 @@ def join_tile(
     """A tile's part of ⟨QᵀQ, KᵀK⟩, and of what Q and K are multiplied with.
 
     [A_q, B_q] · [AᵀA; σ BᵀA] of the keys is E K_s, and [A_k, B_k] · [AᵀA; σ BᵀA] of the queries is
-    Eᵀ A_q, to which Eᵀ (σ B_q) comes where Q_s is the sum of both. CAUSAL: of the keys before a
-    chunk, and of the queries behind it.
+    Eᵀ A_q. Where that is not Eᵀ Q_s, `products_ptr` has A_qᵀ Q_s and Q_sᵀ B_q of the chunks.
+    CAUSAL: of the keys before a chunk, and of the queries behind it.
     """
     SIZE: tl.constexpr = (
         STUDENT_COLUMNS * STUDENT_COLUMNS
@@ -346,42 +408,29 @@ def join_tile(
     if matrices_ptr is not None:
         own = tl.zeros([TILE, TILE], tl.float64)
         cross = tl.zeros([TILE, TILE], tl.float64)
-        rest = tl.zeros([TILE, TILE], tl.float64)
         matrix_ptr += MATRIX
+        if products_ptr is not None:
+            products_ptr += chunks * 2 * STUDENT_COLUMNS * STUDENT_COLUMNS
         for _ in range(0, chunks):
             if CAUSAL:
                 matrix_ptr -= 2 * MATRIX
-                store_query_matrices(
-                    matrix_ptr, own, cross, rest, sign, rows, columns,
-                    DIFFERENCES, STUDENT_COLUMNS, TEACHER_COLUMNS,
-                )  # fmt: skip
-            chunk_ptr -= 2 * SIZE
-            one, two, three = load_gram_tile(
-                chunk_ptr, rows, columns, STUDENT_COLUMNS, TEACHER_COLUMNS
-            )
+                store_matrix_tile(
+                    matrix_ptr, own, sign * cross, rows, columns, STUDENT_COLUMNS, TEACHER_COLUMNS
+                )
+            if products_ptr is not None:
+                products_ptr -= 2 * STUDENT_COLUMNS * STUDENT_COLUMNS
+                one, two = load_product_tile(products_ptr, rows, columns, STUDENT_COLUMNS)
+            else:
+                chunk_ptr -= 2 * SIZE
+                one, two, _ = load_gram_tile(
+                    chunk_ptr, rows, columns, STUDENT_COLUMNS, TEACHER_COLUMNS
+                )
             own += one
             cross += two
-            rest += three
         if not CAUSAL:
-            store_query_matrices(
-                matrix_ptr, own, cross, rest, sign, rows, columns,
-                DIFFERENCES, STUDENT_COLUMNS, TEACHER_COLUMNS,
-            )  # fmt: skip
-
-
-@triton.jit
-def store_query_matrices(
-    matrix_ptr, own, cross, rest, sign, rows, columns,
-    DIFFERENCES: tl.constexpr, STUDENT_COLUMNS: tl.constexpr, TEACHER_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Of the queries' Gram matrices, what the keys are multiplied with."""
-    if DIFFERENCES:
-        # BᵀB is symmetric: it may be stored transposed.
-        own += sign * cross
-        cross += sign * rest
-    store_matrix_tile(
-        matrix_ptr, own, sign * cross, rows, columns, STUDENT_COLUMNS, TEACHER_COLUMNS
-    )
+            store_matrix_tile(
+                matrix_ptr, own, sign * cross, rows, columns, STUDENT_COLUMNS, TEACHER_COLUMNS
+            )
 
 
 @triton.jit
@@ -474,6 +523,7 @@ def gram_kernel(
     query_mask_ptr,  # (samples, length), or None
     key_mask_ptr,  # (samples, length), or None
     grams_ptr,  # (samples, matrices, chunks, 2, SIZE)
+    products_ptr,  # (samples, matrices, chunks, 2, COLUMNS, COLUMNS), or None
     heads,
     student_key_heads,
     teacher_key_heads,
@@ -494,7 +544,8 @@ def gram_kernel(
     """The Gram matrices of each chunk, A and B of queries and of keys.
 
     One program per matrix, chunk and side. Traffic: one read of all inputs, and three quarters of
-    D × D float32 written per chunk and side. No atomics: the same bits every run.
+    D × D float32 written per chunk and side. A third program per chunk takes the products with Q_s,
+    which is another read of the queries and half of D × D. No atomics: the same bits every run.
     """
     SIZE: tl.constexpr = (
         STUDENT_COLUMNS * STUDENT_COLUMNS
@@ -514,18 +565,27 @@ def gram_kernel(
             chunk * CHUNK, length, ratio, True, DIFFERENCES, STUDENT_WIDTH, TEACHER_WIDTH,
             STUDENT_COLUMNS, TEACHER_COLUMNS, PRECISION, CHUNK, BLOCK, SLAB,
         )  # fmt: skip
-    else:
+    elif tl.program_id(2) == 1:
         write_grams(
             grams_ptr + SIZE, student_key, teacher_key, key_mask_ptr, sample,
             head * student_key_heads // heads, head * teacher_key_heads // heads, 1,
             chunk * CHUNK, length, ratio, False, DIFFERENCES, STUDENT_WIDTH, TEACHER_WIDTH,
             STUDENT_COLUMNS, TEACHER_COLUMNS, PRECISION, CHUNK, BLOCK, SLAB,
         )  # fmt: skip
+    else:
+        if products_ptr is not None:
+            products_ptr += (place * chunks + chunk) * (2 * STUDENT_COLUMNS * STUDENT_COLUMNS)
+            write_student_products(
+                products_ptr, student_query, teacher_query, query_mask_ptr, sample, head, group,
+                chunk * CHUNK, length, ratio, STUDENT_WIDTH, STUDENT_COLUMNS, PRECISION, CHUNK,
+                BLOCK, SLAB,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["chunks"])
 def join_kernel(
     grams_ptr,  # (samples · matrices, chunks, 2, SIZE)
+    products_ptr,  # (samples · matrices, chunks, 2, COLUMNS, COLUMNS), or None
     matrices_ptr,  # (samples · matrices, 1 or chunks, 2, both COLUMNS, STUDENT_COLUMNS), or None
     losses_ptr,  # (samples · matrices, tiles)
     chunks,
@@ -551,8 +611,10 @@ def join_kernel(
     tile = tl.program_id(1)
     if matrices_ptr is not None:
         matrices_ptr += place * (2 * MATRIX) * (chunks if CAUSAL else 1)
+    if products_ptr is not None:
+        products_ptr += place * chunks * (2 * STUDENT_COLUMNS * STUDENT_COLUMNS)
     join_tile(
-        grams_ptr + place * chunks * (2 * SIZE), matrices_ptr,
+        grams_ptr + place * chunks * (2 * SIZE), products_ptr, matrices_ptr,
         losses_ptr + place * (ACROSS * ACROSS) + tile, tile // ACROSS, tile % ACROSS,
         chunks, ratio, CAUSAL, DIFFERENCES, STUDENT_COLUMNS, TEACHER_COLUMNS,
     )  # fmt: skip
@@ -795,6 +857,7 @@ def fused_gram_kernel(
     query_mask_ptr,  # (samples, length), or None
     key_mask_ptr,  # (samples, length), or None
     grams_ptr,  # (samples, matrices, chunks, 2, SIZE)
+    products_ptr,  # (samples, matrices, chunks, 2, COLUMNS, COLUMNS), or None
     matrices_ptr,  # (samples, matrices, 2, both COLUMNS, STUDENT_COLUMNS), or None
     query_gradient,  # (pointer, strides), like student_query, or None
     key_gradient,  # (pointer, strides), like student_key, or None
@@ -852,6 +915,15 @@ def fused_gram_kernel(
             teacher_head, 1, begin, length, ratio, False, DIFFERENCES, STUDENT_WIDTH, TEACHER_WIDTH,
             STUDENT_COLUMNS, TEACHER_COLUMNS, PRECISION, CHUNK, BLOCK, SLAB,
         )  # fmt: skip
+    if products_ptr is not None:
+        products_ptr += place * chunks * (2 * STUDENT_COLUMNS * STUDENT_COLUMNS)
+        # In a loop of its own, where it takes no registers from the other.
+        for chunk in range(0, chunks):
+            write_student_products(
+                products_ptr + chunk * (2 * STUDENT_COLUMNS * STUDENT_COLUMNS), student_query,
+                teacher_query, query_mask_ptr, sample, head, group, (place * 0 + chunk) * CHUNK,
+                length, ratio, STUDENT_WIDTH, STUDENT_COLUMNS, PRECISION, CHUNK, BLOCK, SLAB,
+            )  # fmt: skip
     # What one thread has written, another reads.
     tl.debug_barrier()
     if matrices_ptr is not None:
@@ -860,8 +932,8 @@ def fused_gram_kernel(
     for tile_row in range(0, ACROSS):
         for tile_column in range(0, ACROSS):
             join_tile(
-                grams_ptr, matrices_ptr, losses_ptr, tile_row, tile_column, chunks, ratio,
-                False, DIFFERENCES, STUDENT_COLUMNS, TEACHER_COLUMNS,
+                grams_ptr, products_ptr, matrices_ptr, losses_ptr, tile_row, tile_column, chunks,
+                ratio, False, DIFFERENCES, STUDENT_COLUMNS, TEACHER_COLUMNS,
             )  # fmt: skip
             losses_ptr += 1
     tl.debug_barrier()
@@ -919,9 +991,17 @@ def cheaper_method(
     tiled = heads * per_score * (length / 2 if causal else length)
     gram = (heads + matrices) * (width * both + teacher_width**2)
     gram += (heads * of_query + matrices * of_key) * both * width
+    if _takes_differences(queries, keys):
+        gram += heads * of_key * both * width
     if causal:
         gram += heads * per_score * min(length, CHUNK) / 2
     return "tiled" if tiled <= gram else "gram"
+
+
+def _takes_differences(queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]) -> bool:
+    width, teacher_width = (query.shape[-1] for query in queries)
+    is_float32 = any(tensor.dtype == torch.float32 for tensor in (*queries, *keys))
+    return width == teacher_width and is_float32
 
 
 def _group(queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]) -> int:
@@ -968,7 +1048,7 @@ def attention_mse_sums(
     # A product is of 16 columns or more.
     columns = [max(16, triton.next_power_of_2(size)) for size in (width, teacher_width)]
     shape = {
-        "DIFFERENCES": width == teacher_width and element_size == 4,
+        "DIFFERENCES": _takes_differences(queries, keys),
         "STUDENT_COLUMNS": columns[0],
         "TEACHER_COLUMNS": columns[1],
     }
@@ -1000,6 +1080,9 @@ def attention_mse_sums(
             both = sum(columns)
             size = columns[0] ** 2 + columns[0] * columns[1] + columns[1] ** 2
             grams = empty(samples, matrices, chunks, 2, size)
+            of_student = None
+            if shape["DIFFERENCES"] and gradients[1] is not None:
+                of_student = empty(samples, matrices, chunks, 2, columns[0] ** 2)
             if wanted:
                 kept = chunks if causal else 1
                 by_matrix = empty(samples, matrices, kept, 2, both, columns[0])
@@ -1009,16 +1092,18 @@ def attention_mse_sums(
             fused = not causal and chunks <= MOST_FUSED_CHUNKS and matrices == keys[0].shape[1]
             if fused and samples * matrices >= FEWEST_FUSED_PROGRAMS:
                 fused_gram_kernel[(samples * matrices,)](
-                    *inputs, grams, by_matrix, *map(_source, gradients), factor, losses[0],
-                    *sizes, factor_stride, ratio, **rows, **launches["fused"],
+                    *inputs, grams, of_student, by_matrix, *map(_source, gradients), factor,
+                    losses[0], *sizes, factor_stride, ratio, **rows, **launches["fused"],
                 )  # fmt: skip
                 return losses[0].sum(1).clamp_min(0)
-            gram_kernel[(samples * matrices, chunks, 2)](
-                *inputs, grams, *sizes, ratio, **rows, **launches["grams"]
+            sides = 2 if of_student is None else 3
+            gram_kernel[(samples * matrices, chunks, sides)](
+                *inputs, grams, of_student, *sizes, ratio, **rows, **launches["grams"]
             )
             join_kernel[(samples * matrices, tiles)](
-                grams, by_matrix, losses[0], chunks, ratio, **shape, CAUSAL=causal, num_warps=4
-            )
+                grams, of_student, by_matrix, losses[0], chunks, ratio,
+                **shape, CAUSAL=causal, num_warps=4,
+            )  # fmt: skip
         rows |= {"GRAM": method == "gram", "SCORES": form_scores, "CAUSAL": causal}
         blocks = triton.cdiv(length, launch["BLOCK"])
         if form_scores:

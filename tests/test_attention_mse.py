@@ -71,6 +71,12 @@ def copied(epsilon, rotated=False, **sizes):
     return {name: tensor.float() for name, tensor in arguments.items()}
 
 
+def smaller(size, **sizes):
+    """A student whose queries and keys are `size` times what its teacher's are."""
+    arguments = attention(widths=(64, 64), **sizes)
+    return arguments | {name: size * arguments[name] for name in STUDENT}
+
+
 def leaves(arguments):
     return {
         name: tensor.detach().requires_grad_(name in STUDENT) for name, tensor in arguments.items()
@@ -364,6 +370,16 @@ def test_precision_as_the_student_approaches_the_teacher(epsilon, rotated, causa
         assert all(loss < 1e-6 and gradient < 2e-6 for loss, gradient in errors.values())
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-4, 1e2])
+def test_a_student_smaller_than_its_teacher(size, causal, method):
+    arguments = smaller(size, length=400, batch=2, heads=(4, 4), key_heads=(2, 4))
+    check(arguments, causal=causal, method=method, **masks(2, 400))
+    # Its queries alone.
+    arguments["student_key"] = torch.randn_like(arguments["student_key"])
+    check(arguments, causal=causal, method=method)
+
+
 def test_auto_starts_over_where_gram_matrices_cancel(backend):
     arguments = copied(1e-4, rotated=True, length=640, batch=3, heads=(2, 2))
     # One sample of three is far from its teacher.
@@ -446,6 +462,18 @@ def test_a_loss_scale_is_inside_the_rounding(method):
     arguments = {name: 0.05 * tensor for name, tensor in arguments.items()}
     found = loss_and_gradients(arguments, incoming, method=method)
     assert_same(found, oracle(arguments, incoming), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mixed", [(), ("student_query",), ("student_key",)])
+def test_half_precision_gradients_are_rounded_once(mixed, dtype, method):
+    arguments, incoming = attention(dtype=dtype, length=300), torch.tensor(0.7)
+    arguments |= {name: arguments[name].float() for name in mixed}
+    found = loss_and_gradients(arguments, incoming, method=method)[1]
+    expected = oracle(arguments, incoming)[1]
+    for name in STUDENT:
+        assert found[name].dtype == arguments[name].dtype
+        assert_gradient_close(found[name], expected[name])
 
 
 # In what memory, and how long.
@@ -608,10 +636,10 @@ def test_auto_takes_the_cheaper_method_in_cpp(causal):
 
 
 def test_gram_operations_are_linear():
-    # Two Gram matrices of 32², three quarters of each, and two products of the rows with half of
-    # them.
+    # Two Gram matrices of 32², three quarters of each, half of one for the products with Q_s, and
+    # two products of the rows with half of them.
     for length in (256, 4096):
-        assert operations(length, "gram", 16) == 2 * length * 2 * (2 * 3 * 16 * 16 + 2 * 32 * 16)
+        assert operations(length, "gram", 16) == 2 * length * 2 * (2 * 3 * 16 * 16 + 3 * 32 * 16)
 
 
 def test_same_bits_every_run(method):
@@ -716,7 +744,7 @@ def test_checkpointing():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_compiles_whole_with_dynamic_shapes(dtype, reduction):
     torch.compiler.reset()
 
@@ -754,7 +782,9 @@ def test_opcheck(reduction):
         "method": "auto",
     }
     given, head_map = masks(2, 19), torch.rand(4, 2)
-    for buffers in ([torch.empty_like(tensor) for tensor in tensors[:2]], [None, None]):
+    loss = torch.empty(2) if reduction == "none" else torch.empty(())
+    gradients = [torch.empty_like(tensor) for tensor in tensors[:2]]
+    for buffers in ([loss, *gradients], [None, *gradients], [loss, None, None]):
         torch.library.opcheck(
             torch.ops.kdfast.attention_mse_forward.default,
             (*tensors, given["key_mask"], given["query_mask"], head_map, None, *buffers),

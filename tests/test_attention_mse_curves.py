@@ -9,7 +9,7 @@ pytest.importorskip("matplotlib")
 
 import attention_mse_curves as curves
 import report
-from attention_mse_curves import BASES, EPSILONS
+from attention_mse_curves import BASES, EPSILONS, SIZES
 
 # float32's unit, and bfloat16's.
 UNIT, HALF_UNIT = 2.0**-24, 2.0**-9
@@ -38,6 +38,16 @@ def test_in_one_basis_nothing_is_lost(precisions, method, epsilon):
     error = precisions["one basis", method, epsilon]
     assert error.loss < 1e-6
     assert error.gradient < 2e-6
+
+
+def test_a_student_smaller_than_its_teacher_loses_nothing():
+    found = curves.small_precisions()
+    assert set(found) == {(method, size) for method in curves.METHODS for size in SIZES}
+    for error in found.values():
+        assert error.loss < 1e-6
+        assert error.gradient < 2e-6
+    table = curves.small_table(found).splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| 1", "| 0.1", "| 0.01", "| 0.0001"]
 
 
 @pytest.mark.parametrize("basis", ["rotated", "rotated, wider"])

@@ -271,7 +271,14 @@ def test_resume_goes_on_from_the_last_checkpoint(distill, tmp_path, capfd):
         ({"student": "{assets}/other"}, "tokenizer (280 tokens) and the teacher's (300) differ"),
         ({"teacher": "{assets}/no-tokenizer"}, "no-tokenizer holds no tokenizer"),
         ({"teacher": "{assets}/classifier"}, "the objective needs labels: pass --label-column"),
-        ({"teacher": "{assets}/headless", "task": "masked-lm"}, "has no weights for cls."),
+        (
+            {
+                "teacher": "{assets}/headless",
+                "student": "{assets}/masked-config",
+                "task": "masked-lm",
+            },
+            "has no weights for cls.",
+        ),
         ({"teacher": "{assets}/weightless"}, "weightless holds no weights"),
         ({"teacher": "{assets}/scrambled"}, "cannot load the teacher's tokenizer from"),
         ({"teacher": "{assets}/unmaskable"}, "masked-lm needs a tokenizer with a mask token"),
@@ -290,7 +297,7 @@ def test_resume_goes_on_from_the_last_checkpoint(distill, tmp_path, capfd):
         ({"alpha": "half"}, "argument --alpha: invalid float value: 'half'"),
         ({"batch_size": 0}, "--batch-size: must be a whole number at least 1, got '0'"),
         ({"task": "seq2seq"}, "argument --task: invalid choice: 'seq2seq'"),
-        ({"bf16": True, "fp16": True}, "not allowed with argument"),
+        ({"bf16": True, "fp16": True}, "--bf16 and --fp16 exclude each other"),
         ({"resolution": 3}, "unrecognized arguments: --resolution"),
     ],
 )

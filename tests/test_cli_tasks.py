@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from kdfast import cli
 from kdfast.cli.errors import CommandError
 from kdfast.cli.inputs import Data, load_blocks, load_config, load_model, settle_data, task_of
 from kdfast.cli.metrics import classification_metrics, regression_metrics, span_metrics
@@ -249,6 +250,19 @@ def test_without_labels(prepared, write, tmp_path, name):
     assert "labels" not in result.collator([result.train[0], result.train[1]])
     assert (result.metric, result.greater_is_better) == ("loss", False)
     assert result.compute_metrics is None
+
+
+@pytest.mark.parametrize("name", ["a [1].txt", "b[c]*.jsonl", "[d]/e.csv"])
+def test_paths_are_no_patterns(write, tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    content = {"txt": "red film", "csv": "text\nred film\n"}
+    path.write_text(content.get(name.rpartition(".")[2], '{"text": "red film"}\n'))
+    assert load_rows(path)["text"][:] == ["red film"]
+    output = tmp_path / "copies.jsonl"
+    augment = ["augment", str(path), "--method", "bilstm", "--pos-probability", "0"]
+    assert cli.main([*augment, "--output", str(output)]) == 0
+    assert json.loads(output.read_text().splitlines()[0])["text"] == "red film"
 
 
 def test_rows_without_text_are_left_out(prepared, write, capfd):

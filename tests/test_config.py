@@ -1,5 +1,8 @@
 """Configuration files of `kdfast distill`, and stages behind each other."""
 
+import argparse
+import errno
+import importlib.util
 import json
 import shutil
 import signal
@@ -14,9 +17,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_cli import DOCUMENTS, SPECIAL, bert_config, flags_of, make_tokenizer
-from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
+from test_cli_tasks import make_tokenizer as make_berts_tokenizer
+from transformers import (
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+)
 
-from kdfast import cli
+from kdfast import cli, files
+from kdfast.cli import config
+from kdfast.cli import distill as distill_command
+from kdfast.cli.options import Parser
 from kdfast.trainer import (
     AttentionMSE,
     EmbeddingMSE,
@@ -39,6 +51,27 @@ def assets(tmp_path_factory) -> Path:
     tokenizer.save_pretrained(folder / "teacher")
     bert_config(tokenizer, 8).save_pretrained(folder / "student")
     (folder / "text.txt").write_text("\n\n".join(DOCUMENTS))
+    # Classifiers of `classes`, of which `swapped` has them in another order.
+    classes = {**config.to_dict(), "id2label": {0: "even", 1: "odd"}}
+    for name, changes in {
+        "classes": {},
+        "swapped": {"id2label": {0: "odd", 1: "even"}},
+        "three": {"id2label": {0: "a", 1: "b", 2: "c"}},
+        "number": {"id2label": {0: "number"}},
+        "few": {"vocab_size": 20},
+        "typed": {},
+        "foreign": {},
+    }.items():
+        settings = {**classes, **changes, "label2id": None}
+        settings["label2id"] = {label: i for i, label in settings["id2label"].items()}
+        BertForSequenceClassification(BertConfig(**settings)).save_pretrained(folder / name)
+        kinds = {"foreign": make_tokenizer(280, **SPECIAL), "typed": make_berts_tokenizer()}
+        kinds.get(name, tokenizer).save_pretrained(folder / name)
+    rows = [
+        {"text": text, "pair": text[:12], "label": ("even", "odd")[i % 2], "size": i / 10}
+        for i, text in enumerate(DOCUMENTS)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -65,6 +98,16 @@ def settings(assets, tmp_path) -> dict[str, object]:
 
 
 @pytest.fixture
+def classified(settings, assets) -> dict[str, object]:
+    return {
+        **settings,
+        "teacher": str(assets / "classes"),
+        "dataset": [str(assets / "rows.jsonl")],
+        "label_column": "label",
+    }
+
+
+@pytest.fixture
 def distill(tmp_path):
     """Runs `kdfast distill` with a file of settings and flags."""
 
@@ -74,6 +117,23 @@ def distill(tmp_path):
         return cli.main(["distill", str(path), *flags])
 
     return run
+
+
+def merged(tmp_path: Path, text: str, *flags: str) -> list[argparse.Namespace]:
+    """The settings of a file and a command line, of which nothing is read."""
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    parser = Parser()
+    distill_command.add_command(commands := parser.add_subparsers())
+    assert commands.choices
+    flags_alone = Parser(add_help=False)
+    distill_command._add_flags(flags_alone)
+    given = parser.parse_args(["distill", str(path), *flags])
+    return config.stages_of(given, flags_alone)
+
+
+def resolved(folder: Path) -> dict[str, object]:
+    return yaml.safe_load((folder / "kdfast.yaml").read_text())
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -200,6 +260,165 @@ def test_a_finished_run_is_not_done_again(settings, distill, tmp_path, capsys):
     assert results.stat().st_mtime_ns != before
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # Defaults of kdfast, and what differs from them and is transformers' own.
+        {"recipe": "tinybert_general", "temperature": None},
+        {"learning_rate": 5e-5, "training": {"eval_strategy": "no"}},
+    ],
+)
+def test_a_run_whose_settings_are_transformers_defaults_repeats(
+    settings, distill, tmp_path, changes
+):
+    assert distill({**settings, **changes}) == 0
+    assert resolved(tmp_path / "out")["training"]["learning_rate"] == 5e-5
+    again = [str(tmp_path / "out" / "kdfast.yaml"), "--output", str(tmp_path / "again")]
+    assert cli.main(["distill", *again]) == 0
+    assert_same(tmp_path / "out", tmp_path / "again")
+    one, two = resolved(tmp_path / "out"), resolved(tmp_path / "again")
+    assert {**one, "output": None} == {**two, "output": None}
+    results = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert ("eval_loss" in results) == ("recipe" in changes)
+
+
+def test_resumed_behind_its_last_step_a_run_trains_no_more(settings, distill, tmp_path):
+    # A constant rate: one step more would show.
+    constant = {**settings, "training": {"lr_scheduler_type": "constant", "learning_rate": 0.1}}
+    constant |= {"report": True, "student_alone": True}
+    assert distill(constant) == 0
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    shutil.copytree(out, whole)
+    for name in ("results.json", "model.safetensors", "alone/model.safetensors"):
+        (out / name).unlink()
+    for folder in (out, out / "alone"):
+        # Of a run that was killed between its last checkpoint and its last evaluation.
+        state = folder / "checkpoint-3" / "trainer_state.json"
+        assert "eval_loss" not in state.read_text()
+    assert distill(constant, "--resume") == 0
+    assert_same(whole, out)
+    assert_same(whole / "alone", out / "alone")
+    before, after = (json.loads((f / "results.json").read_text()) for f in (whole, out))
+    # Of other masks.
+    assert after["eval_soft_loss"] == pytest.approx(before["eval_soft_loss"], rel=0.3)
+
+
+def test_a_checkpoint_goes_on_with_what_it_was_made_with(settings, distill, tmp_path, capsys):
+    changes = {"optimizer": {"name": "Adadelta", "rho": 0.5}}
+    assert distill(settings) == 0
+    before = weights(tmp_path / "out")
+    assert distill({**settings, **changes, "temperature": 8.0, "seed": 1}, "--resume") == 2
+    error = capsys.readouterr().err
+    assert "was made with another objective, seed, optimizer: pass another directory" in error
+    assert all(torch.equal(v, before[n]) for n, v in weights(tmp_path / "out").items())
+    assert distill({**settings, "learning_rate": 0.5, "max_steps": 4}, "--resume") == 0
+
+
+def test_a_student_with_followers_is_not_replaced(settings, distill, tmp_path, capsys):
+    chain = {**settings, "max_steps": 1, "stages": [{"name": n} for n in ("a", "b", "c")]}
+    assert distill(chain) == 0
+    chain["stages"][0] = {"name": "a", "max_steps": 2}
+    for follower in ("b", "c"):
+        assert distill(chain, "--resume") == 2
+        folder = tmp_path / "out" / follower
+        assert f"stage a: {folder} began with the student in" in capsys.readouterr().err
+        shutil.rmtree(folder)
+    assert distill(chain, "--resume") == 0
+
+
+def test_a_folder_that_no_run_made_is_left_alone(settings, distill, tmp_path, capsys):
+    foreign = tmp_path / "out" / "a" / "model.safetensors"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("mine")
+    assert distill({**settings, "stages": [{"name": "a"}]}, "--resume") == 2
+    assert "is not empty and holds no kdfast.yaml" in capsys.readouterr().err
+    assert foreign.read_text() == "mine"
+
+
+def test_layers_of_the_teacher_are_for_fresh_students(settings, assets, distill, tmp_path, capsys):
+    config = bert_config(make_tokenizer(**SPECIAL), 16)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "trained")
+    trained = {**settings, "student": str(tmp_path / "trained"), "initialise": True}
+    assert distill(trained) == 2
+    assert "--initialise is for a fresh student" in capsys.readouterr().err
+
+    stages = [{"name": "a", "learning_rate": 0.05}, {"name": "b", "learning_rate": 1e-12}]
+    student = {**config.to_diff_dict(), "model_type": "bert"}
+    assert distill({**settings, "student": student, "initialise": True, "stages": stages}) == 0
+    name = "bert.embeddings.word_embeddings.weight"
+    teacher, first, second = (
+        weights(folder)[name]
+        for folder in (assets / "teacher", tmp_path / "out" / "a", tmp_path / "out" / "b")
+    )
+    assert not torch.allclose(first, teacher, atol=1e-3)
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
+    assert resolved(tmp_path / "out" / "a")["initialise"] is True
+    assert "initialise" not in resolved(tmp_path / "out" / "b")
+
+
+def test_a_student_that_is_spelt_out_reads_what_its_teacher_reads(settings, distill, tmp_path):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    student = {"model_type": "bert", "intermediate_size": 8, **sizes}
+    assert distill({**settings, "student": student}) == 0
+    made = BertConfig.from_pretrained(tmp_path / "out")
+    teacher = BertConfig.from_pretrained(settings["teacher"])
+    assert made.vocab_size == teacher.vocab_size == 300
+    assert made.max_position_embeddings == teacher.max_position_embeddings
+    assert made.hidden_size == 8
+
+
+@pytest.mark.parametrize(("teacher", "pairs"), [("classes", False), ("typed", True)])
+def test_the_recipes_own_lstm_reads_pairs(classified, assets, distill, tmp_path, teacher, pairs):
+    chosen = {"recipe": "bilstm", "temperature": None, "student": None, "text_pair_column": "pair"}
+    chosen |= {"teacher": str(assets / teacher), "max_steps": 1}
+    assert distill({**classified, **chosen}) == 0
+    made = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (made["pairs"], made["embeddings"], made["vocab_size"]) == (pairs, "trained", 300)
+
+
+def test_a_data_set_to_evaluate_on_needs_no_fraction(classified, assets, distill, tmp_path):
+    rows = str(assets / "rows.jsonl")
+    assert distill({**classified, "eval_dataset": [rows], "eval_fraction": 0, "max_steps": 1}) == 0
+    assert "eval_accuracy" in json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+def test_alone_accumulated_batches_are_one_large_batch(classified, distill, tmp_path):
+    for name, batches in {"one": 1, "four": 4}.items():
+        sizes = {"batch_size": 8 // batches, "gradient_accumulation": batches}
+        no_dropout = BertConfig.from_pretrained(classified["student"])
+        no_dropout.hidden_dropout_prob = no_dropout.attention_probs_dropout_prob = 0.0
+        no_dropout.save_pretrained(tmp_path / "student")
+        student = {"student": str(tmp_path / "student"), "output": str(tmp_path / name)}
+        alone = {"report": True, "student_alone": True, "logging_steps": 1}
+        assert distill({**classified, **sizes, **student, **alone}) == 0
+    one, four = (
+        [
+            (entry["loss"], entry["grad_norm"])
+            for entry in json.loads((tmp_path / name / "alone" / "trainer_state.json").read_text())[
+                "log_history"
+            ]
+            if "loss" in entry
+        ]
+        for name in ("one", "four")
+    )
+    assert len(one) == 3
+    for expected, found in zip(one, four, strict=True):
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_disk_that_is_full_at_the_end_is_one_line(settings, distill, monkeypatch, capsys):
+    write = files.write
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "results.json":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(files, "write", full)
+    assert distill({**settings, "max_steps": 1}) == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
 def test_stages_hand_their_student_on(settings, distill, tmp_path):
     assert distill(staged(settings)) == 0
     general, prediction = (tmp_path / "out" / name for name in ("general", "prediction"))
@@ -223,6 +442,16 @@ def test_projections_go_on_into_the_next_stage(settings, distill, tmp_path):
     )
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=0, atol=1e-6)
+    again = tmp_path / "again"
+    written = tmp_path / "out" / "second" / "kdfast.yaml"
+    assert cli.main(["distill", str(written), "--output", str(again)]) == 0
+    assert_same(tmp_path / "out" / "second", again)
+    found = load_file(again / "projections.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in second.items())
+
+    # Of another shape they stay where they are.
+    stages[1] = {"name": "second", "objective": [{"HiddenMSE": {"projection": "each"}}]}
+    assert distill({**rest, "stages": stages, "output": str(tmp_path / "other")}) == 0
 
 
 @pytest.mark.parametrize("moments", [(0.3,), (0.6, 0.6)])
@@ -282,6 +511,45 @@ def command(tmp_path: Path) -> list[str]:
         ({"stages": [{"recipe": "hinton"}, {"recipe": "hinton"}]}, "two stages are called"),
         ({"dataset": {"file": 1}}, "dataset must be a value, got a mapping"),
         ({"initialise": [7]}, "cannot initialise the student"),
+        ({"training": {"seed": 7}}, "training.seed has a flag: pass --seed"),
+        ({"optimizer": {"rho": 0.9}}, "optimizer needs the name of one of torch.optim"),
+        ({"optimizer": {"name": "SGD", "lr": 0.5}}, "optimizer: lr is --learning-rate"),
+        ({"optimizer": {"name": "Adadelta", "rhoo": 1}}, "unexpected keyword argument 'rhoo'"),
+        ({"label_column": "label"}, "--label-column says nothing to a language model"),
+        ({"text_pair_column": "pair"}, "--text-pair-column says nothing to a language model"),
+        ({"eval_dataset": ["nope.txt"]}, "--eval-dataset nope.txt does not exist"),
+        ({"student": {"model_type": "brt"}}, "there is no model_type 'brt': did you mean"),
+        ({"student": {"model_type": "bert", "layerz": 1}}, "a bert has no setting 'layerz'"),
+        ({"student": {"model_type": "bert", "vocab_size": 9}}, "the student has vocab_size=9"),
+        ({"stages": [{"name": "../escaped"}]}, "must be no path"),
+        ({"stages": [{"name": "a", "stages": [{}]}]}, "a stage has no stages of its own"),
+        (
+            {"stages": [{"name": "a", "output": "x"}, {"name": "b", "output": "./x"}]},
+            "stage b: x is the output of stage a too",
+        ),
+        ({"settings": 3, "stages": [{"settings": {"alpha": 0.3}}]}, "settings must be a mapping"),
+        (
+            {"recipe": None, "temperature": None, "objective": [{"Logits": 3}]},
+            "objective: Logits must have a mapping of settings, got 3",
+        ),
+        ({"teacher_weights": [1, 2]}, "--teacher-weights: there is one teacher"),
+        ({"recipe": "truncated", "k": 301}, "k must be at most the teacher's 300 columns, got 301"),
+        ({"text_column": False}, "text_column must be a value, got False"),
+        ({"report": "on it"}, "report must be true or false, got 'on it'"),
+        # Before the first stage begins.
+        (
+            {"stages": [{"name": "a"}, {"name": "b", "training": {"warmup": 3}}]},
+            "stage b: training.warmup is no argument",
+        ),
+        ({"stages": [{"name": "a"}, {"name": "b", "block_size": 33}]}, "stage b: --block-size 33"),
+        (
+            {"stages": [{"name": "a"}, {"name": "b", "report": True, "eval_fraction": 0}]},
+            "stage b: --report needs held-out data",
+        ),
+        (
+            {"stages": [{"name": "a"}, {"name": "b", "optimizer": {"name": "SGD", "beta": 1}}]},
+            "stage b: optimizer: SGD",
+        ),
     ],
 )
 def test_errors_are_one_line_and_status_2(settings, distill, tmp_path, capsys, changes, message):
@@ -297,6 +565,7 @@ def test_errors_are_one_line_and_status_2(settings, distill, tmp_path, capsys, c
     [
         ("recipe: [", "config.yaml is no YAML"),
         ("- recipe", "must hold a mapping"),
+        ("temperature: 2\nalpha: 1\ntemperature: 7", "'temperature' is given twice"),
     ],
 )
 def test_files_that_are_no_configuration(distill, capsys, text, message):
@@ -306,6 +575,84 @@ def test_files_that_are_no_configuration(distill, capsys, text, message):
     assert "nowhere.yaml does not exist" in capsys.readouterr().err
     assert distill("recipe: hinton", "--set", "training") == 2
     assert "--set training: must be" in capsys.readouterr().err
+    assert distill("recipe: hinton", "--set", "training.warmup_steps=[1") == 2
+    assert "'[1' is no YAML" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": ["classes", "swapped"]}, "has the classes odd, even and the first teacher"),
+        ({"teacher": ["classes", "three"]}, "three has 3 classes and the first teacher 2"),
+        ({"teacher": ["classes", "few"]}, "few has vocab_size=20"),
+        ({"teacher": ["classes", "foreign"]}, "foreign has other tokens than the first teacher"),
+        ({"teacher": ["classes", "classes"], "teacher_weights": [1]}, "2 teachers, and 1 weights"),
+        ({"teacher": ["number"], "label_column": "size"}, "which is no distribution"),
+        ({"recipe": "truncated", "k": 3}, "k must be at most the teacher's 2 columns, got 3"),
+        (
+            {"recipe": None, "objective": [{"Logits": {"tokens": "all"}}]},
+            "of sequence-classification there is no distribution per token",
+        ),
+        ({"recipe": "tinybert_intermediate", "teacher": ["classes", "classes"]}, "one --teacher"),
+        ({"stages": [{"name": "a"}, {"label_column": "x"}]}, "stage stage-2: "),
+    ],
+)
+def test_classifiers_that_do_not_fit(
+    classified, assets, distill, tmp_path, capsys, changes, message
+):
+    changes = {"temperature": None, **changes}
+    if "teacher" in changes:
+        changes["teacher"] = [str(assets / name) for name in changes["teacher"]]
+    if "stages" in changes:
+        changes["stages"][1]["name"] = "stage-2"
+    assert distill({**classified, **changes}) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_needs_matplotlib_before_work(settings, distill, tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    assert distill({**settings, "report": True}) == 2
+    expected = "--report needs matplotlib: pip install 'kdfast[report]'"
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_flag_takes_the_place_of_its_rivals(tmp_path):
+    text = "objective: [{Logits: {}}]\nteacher: [a, b]\nteacher_weights: [1, 2]\nfp16: true\n"
+    (run,) = merged(tmp_path, text, "--recipe", "hinton", "--teacher-cache", "cache", "--bf16")
+    assert (run.recipe, run.objective) == ("hinton", None)
+    assert (run.teacher, run.teacher_weights, run.teacher_cache) == (None, None, Path("cache"))
+    assert (run.bf16, run.fp16) == (True, None)
+    (run,) = merged(tmp_path, "bf16: false\nfp16: true")
+    assert (run.bf16, run.fp16) == (False, True)
+    (run,) = merged(tmp_path, "teacher_cache: cache", "--teacher", "c")
+    assert (run.teacher, run.teacher_cache) == ([Path("c")], None)
+    # And of a stage those that stand for all.
+    stages = f"{text}output: out\nstages: [{{name: a, teacher: c}}, {{name: b, recipe: hinton}}]"
+    one, two = merged(tmp_path, stages)
+    assert (one.teacher, one.teacher_weights, one.recipe) == ([Path("c")], None, None)
+    assert (two.teacher, two.recipe, two.objective) == ([Path("a"), Path("b")], "hinton", None)
+
+
+def test_what_a_file_switches_on_can_be_switched_off(tmp_path):
+    text = "report: true\nstudent_alone: true\ninitialise: [0, 1]\nresume: true\nbf16: true\n"
+    (run,) = merged(tmp_path, text)
+    assert (run.report, run.initialise, run.bf16) == (True, [0, 1], True)
+    off = ("--no-report", "--no-student-alone", "--no-initialise", "--no-resume", "--no-bf16")
+    (run,) = merged(tmp_path, text, *off)
+    switches = (run.report, run.student_alone, run.initialise, run.resume, run.bf16)
+    assert switches == (False,) * 5
+    (run,) = merged(tmp_path, "initialise: false\nreport: no\ntext_column: -x")
+    assert (run.initialise, run.report, run.text_column) == (False, False, "-x")
+    stages = "training:\noutput: out\nstages: [{name: a, training: {warmup_steps: 1}}]"
+    (run,) = merged(tmp_path, stages)
+    assert run.training == {"warmup_steps": 1}
 
 
 def test_a_report_compares_three_models(settings, distill, tmp_path):

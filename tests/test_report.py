@@ -14,6 +14,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
+from kdfast import files
 from kdfast.trainer import DistillationTrainer, ReportedModel, report, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -378,7 +379,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, failing):
             return Full()
         return file
 
-    monkeypatch.setattr(report, "open", full, raising=False)
+    monkeypatch.setattr(files, "open", full, raising=False)
     with pytest.raises(OSError, match="No space left on device") as caught:
         write_report(tmp_path, **entries, metric="F1", batch=BATCH)
     assert caught.value.filename == str(tmp_path / failing)

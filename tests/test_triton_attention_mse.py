@@ -12,6 +12,7 @@ from test_attention_mse import (
     loss_and_gradients,
     masks,
     oracle,
+    smaller,
 )
 from tolerances import assert_loss_close, relative_error
 
@@ -285,6 +286,16 @@ def test_precision_as_the_student_approaches_the_teacher(epsilon, rotated, metho
     elif epsilon == 1e-2:
         assert loss_error < 1e-3
     assert gradient_error < 3e-6 + 3e-6 / epsilon
+
+
+@every_form
+@pytest.mark.parametrize("size", [1e-2, 1e-4])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_student_smaller_than_its_teacher(fused, size, method, causal, monkeypatch):
+    if fused:
+        monkeypatch.setattr(kernels, "FEWEST_FUSED_PROGRAMS", 1)
+    arguments = smaller(size, length=70, batch=1, heads=(2, 2), key_heads=(1, 1))
+    check(arguments, method=method, causal=causal, **masks(1, 70))
 
 
 @every_form

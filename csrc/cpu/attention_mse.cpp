@@ -90,7 +90,8 @@ KDFAST_CLONES double dot(const Real* x, const double* y, int64_t n) {
 
 // What E is made of, per token: Q = [Q_s − ρ Q_t, ρ Q_t] and K = [K_s, K_s − K_t], so that E = Q Kᵀ
 // and a student that is close to its teacher has small parts, where both heads have one size; and
-// Q = [Q_s, −ρ Q_t], K = [K_s, K_t] otherwise.
+// Q = [Q_s, −ρ Q_t], K = [K_s, K_t] otherwise. For Eᵀ Q_s, the first Q has Q_s beside it: where the
+// student is smaller than its teacher, the sum of Q's parts cancels.
 template <class Real>
 class Task {
  public:
@@ -98,14 +99,15 @@ class Task {
       : call_(call),
         student_(call.student_width),
         width_(call.student_width + call.teacher_width),
-        stride_(row_stride<Real>(width_)),
-        student_stride_(row_stride<Real>(student_)),
         differences_(call.student_width == call.teacher_width),
+        need_query_(call.query_gradient.data),
+        need_key_(call.key_gradient.data),
+        query_width_(width_ + (differences_ && need_key_ ? student_ : 0)),
+        stride_(row_stride<Real>(query_width_)),
+        student_stride_(row_stride<Real>(student_)),
         block_(std::min(call.tokens, call.causal && !call.tiled ? kCausalTokens : kTokens)),
         block_stride_(row_stride<Real>(block_)),
         blocks_((call.tokens + block_ - 1) / block_),
-        need_query_(call.query_gradient.data),
-        need_key_(call.key_gradient.data),
         converted_(2 * std::max(call.student_width, call.teacher_width)) {
     const int64_t heads = call.student_query.heads;
     const int64_t of_student = heads / call.student_key.heads;
@@ -122,7 +124,6 @@ class Task {
     if (tiles) {
       scores_.resize((block_ + kSlackRows) * block_stride_);
       transposed_.resize((call.tiled ? blocks_ : 1) * width_ * block_stride_);
-      if (differences_) student_queries_.resize((block_ + kSlackRows) * student_stride_);
     }
     if (!call.tiled) {
       part_.resize((width_ + kSlackRows) * stride_);
@@ -180,20 +181,17 @@ class Task {
   void load_queries(int64_t head, int64_t block) {
     for (int64_t i = 0; i < count(block); ++i) {
       Real* out = queries_.data() + i * stride_;
-      Real* of_student =
-          student_queries_.empty() ? nullptr : student_queries_.data() + i * student_stride_;
       const int64_t token = begin(block) + i;
       // What does not count may be NaN.
       if (!counts(call_.query_mask, token)) {
-        std::fill(out, out + width_, Real(0));
-        if (of_student) std::fill(of_student, of_student + student_, Real(0));
+        std::fill(out, out + query_width_, Real(0));
         continue;
       }
       const Real* student = row(call_.student_query, head, token, student_, false);
       const Real* teacher = row(call_.teacher_query, head, token, call_.teacher_width, true);
       if (differences_) {
         join_query(student, teacher, student_, call_.ratio, out, out + student_);
-        if (of_student) std::copy(student, student + student_, of_student);
+        if (query_width_ > width_) std::copy(student, student + student_, out + width_);
       } else {
         std::copy(student, student + student_, out);
         scaled(teacher, call_.teacher_width, -call_.ratio, out + student_);
@@ -230,10 +228,8 @@ class Task {
     }
   }
 
-  const Real* student_queries() const {
-    return differences_ ? student_queries_.data() : queries_.data();
-  }
-  int64_t student_queries_stride() const { return differences_ ? student_stride_ : stride_; }
+  // Where Q_s stands in the rows of Q, and Qᵀ Q_s in their Gram matrix.
+  int64_t student_queries() const { return differences_ ? width_ : 0; }
 
   Real* key_sums(int64_t block) {
     return key_sums_.data() + (key_sums_are_whole_ ? begin(block) * student_stride_ : 0);
@@ -278,7 +274,7 @@ class Task {
 
   void add_scores_times_queries(int64_t queries, int64_t keys, Real* sums, bool add) {
     multiply(Product<Real>{keys, student_, queries, scores_.data(), 1, block_stride_,
-                           student_queries(), student_queries_stride(), sums, student_stride_,
+                           queries_.data() + student_queries(), stride_, sums, student_stride_,
                            add});
   }
 
@@ -304,27 +300,29 @@ class Task {
     }
   }
 
-  // part_ = rowsᵀ rows, or part_ += rowsᵀ rows; the upper tiles of it.
-  void add_gram(int64_t count, const Real* rows, bool add) {
-    multiply(Product<Real>{width_, width_, count, rows, 1, stride_, rows, stride_, part_.data(),
+  // part_ = rowsᵀ rows, or part_ += rowsᵀ rows; the upper tiles of it. `columns` are width_, or
+  // query_width_ for the product with what stands beside Q besides.
+  void add_gram(int64_t count, const Real* rows, int64_t columns, bool add) {
+    multiply(Product<Real>{width_, columns, count, rows, 1, stride_, rows, stride_, part_.data(),
                            stride_, add, true});
   }
 
   // Adds `part_` to a Gram matrix, or takes it away again.
-  void add_part(double sign, std::vector<double>& gram) {
+  void add_part(double sign, int64_t columns, std::vector<double>& gram) {
     for (int64_t i = 0; i < width_; ++i) {
       const int64_t at = i * stride_ + i;
-      add(sign, part_.data() + at, width_ - i, gram.data() + at);
+      add(sign, part_.data() + at, columns - i, gram.data() + at);
     }
   }
 
   // Adds the Gram matrix of all blocks' rows, which `load` puts into `rows` one block at a time.
   template <class Load>
-  void sum_gram(const std::vector<Real>& rows, std::vector<double>& gram, Load load) {
+  void sum_gram(const std::vector<Real>& rows, int64_t columns, std::vector<double>& gram,
+                Load load) {
     for (int64_t block = 0; block < blocks_; ++block) {
       load(block);
-      add_gram(count(block), rows.data(), begin(block) % kSpan != 0);
-      if (block + 1 == blocks_ || begin(block + 1) % kSpan == 0) add_part(1, gram);
+      add_gram(count(block), rows.data(), columns, begin(block) % kSpan != 0);
+      if (block + 1 == blocks_ || begin(block + 1) % kSpan == 0) add_part(1, columns, gram);
     }
   }
 
@@ -347,15 +345,13 @@ class Task {
     sums_[1] += own;
   }
 
-  // Both triangles of the first columns of a Gram matrix, as a factor: what Q is multiplied with
-  // for E K_s. With `folded`, the other columns are added, for Eᵀ Q_s where Q_s is a sum.
-  void factor_of(const std::vector<double>& gram, bool folded, Real* out) const {
-    const auto at = [&](int64_t i, int64_t j) {
-      return i <= j ? gram[i * stride_ + j] : gram[j * stride_ + i];
-    };
+  // Some columns of a Gram matrix from both its triangles, as a factor: Kᵀ K_s, from the first on,
+  // is what Q is multiplied with for E K_s, and Qᵀ Q_s is what K is for Eᵀ Q_s.
+  void factor_of(const std::vector<double>& gram, int64_t first, Real* out) const {
     for (int64_t i = 0; i < width_; ++i)
-      for (int64_t j = 0; j < student_; ++j)
-        out[i * student_stride_ + j] = Real(at(i, j) + (folded ? at(i, student_ + j) : 0));
+      for (int64_t j = first; j < first + student_; ++j)
+        out[i * student_stride_ + j - first] =
+            Real(i <= j ? gram[i * stride_ + j] : gram[j * stride_ + i]);
   }
 
   void multiply_rows(int64_t count, const Real* rows, const std::vector<Real>& factor, Real* sums,
@@ -367,13 +363,14 @@ class Task {
   void gram() {
     std::fill(query_gram_.begin(), query_gram_.end(), 0.0);
     std::fill(key_gram_.begin(), key_gram_.end(), 0.0);
-    sum_gram(keys_, key_gram_, [&](int64_t block) { load_keys(block, keys_.data()); });
+    sum_gram(keys_, width_, key_gram_, [&](int64_t block) { load_keys(block, keys_.data()); });
     for (int64_t head = first_head_; head < first_head_ + group_; ++head)
-      sum_gram(queries_, query_gram_, [&](int64_t block) { load_queries(head, block); });
+      sum_gram(queries_, query_width_, query_gram_,
+               [&](int64_t block) { load_queries(head, block); });
     add_inner(query_gram_, key_gram_);
 
     if (need_query_) {
-      factor_of(key_gram_, false, by_query_.data());
+      factor_of(key_gram_, 0, by_query_.data());
       for (int64_t head = first_head_; head < first_head_ + group_; ++head)
         for (int64_t block = 0; block < blocks_; ++block) {
           load_queries(head, block);
@@ -382,7 +379,7 @@ class Task {
         }
     }
     if (need_key_) {
-      factor_of(query_gram_, differences_, by_key_.data());
+      factor_of(query_gram_, student_queries(), by_key_.data());
       for (int64_t block = 0; block < blocks_; ++block) {
         load_keys(block, keys_.data());
         multiply_rows(count(block), keys_.data(), by_key_, key_sums(block), key_sums_are_whole_);
@@ -401,15 +398,15 @@ class Task {
     for (int64_t block = 0; need_key_ && block < blocks_; ++block) {
       for (int64_t head = first_head_; head < first_head_ + group_; ++head) {
         load_queries(head, block);
-        add_gram(count(block), queries_.data(), head > first_head_);
+        add_gram(count(block), queries_.data(), query_width_, head > first_head_);
       }
-      add_part(1, future);
+      add_part(1, query_width_, future);
     }
     for (int64_t block = 0; block < blocks_; ++block) {
       const int64_t tokens = count(block);
       load_keys(block, keys_.data());
       transpose_keys(block, keys_.data(), transposed_.data());
-      if (need_query_ && block > 0) factor_of(past, false, by_query_.data());
+      if (need_query_ && block > 0) factor_of(past, 0, by_query_.data());
       bool add = key_sums_are_whole_;
       for (int64_t head = first_head_; head < first_head_ + group_; ++head) {
         load_queries(head, block);
@@ -422,28 +419,28 @@ class Task {
         }
         if (need_key_) add_scores_times_queries(tokens, tokens, key_sums(block), add);
         add = true;
-        add_gram(tokens, queries_.data(), head > first_head_);
+        add_gram(tokens, queries_.data(), query_width_, head > first_head_);
       }
       add_inner(part_, past);
       if (need_key_) {
-        add_part(-1, future);
-        factor_of(future, differences_, by_key_.data());
+        add_part(-1, query_width_, future);
+        factor_of(future, student_queries(), by_key_.data());
         multiply_rows(tokens, keys_.data(), by_key_, key_sums(block), true);
         if (!key_sums_are_whole_) write_key(block, key_sums(block));
       }
-      add_gram(tokens, keys_.data(), false);
-      add_part(1, past);
+      add_gram(tokens, keys_.data(), width_, false);
+      add_part(1, width_, past);
     }
   }
 
   const AttentionMse<Real>& call_;
-  const int64_t student_, width_, stride_, student_stride_;
-  const bool differences_;
+  const int64_t student_, width_;
+  const bool differences_, need_query_, need_key_;
+  const int64_t query_width_, stride_, student_stride_;
   const int64_t block_, block_stride_, blocks_;
-  const bool need_query_, need_key_;
   int64_t group_, matrices_;
   bool key_sums_are_whole_;
-  std::vector<Real> converted_, queries_, student_queries_, keys_, transposed_, scores_;
+  std::vector<Real> converted_, queries_, keys_, transposed_, scores_;
   std::vector<Real> query_sums_, key_sums_, part_, by_query_, by_key_;
   std::vector<double> query_gram_, key_gram_;
 

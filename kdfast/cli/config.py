@@ -8,8 +8,8 @@
     output: runs/hinton
     training: {warmup_steps: 100, weight_decay: 0.01}
 
-A key is a flag with underscores for its dashes, and goes through the flag's own checks. Mappings and
-lists of mappings are for files alone, or for `--set`.
+A key is a flag with underscores for its dashes, and goes through the flag's own checks. Mappings
+and lists of mappings are for files alone, or for `--set`.
 """
 
 from __future__ import annotations
@@ -204,6 +204,9 @@ def _as_flags(config: dict, flags: argparse.ArgumentParser) -> list[str]:
         if isinstance(value, Mapping):
             raise CommandError(f"{key} must be a value, got a mapping")
         flag = action.option_strings[0]
+        switch = isinstance(action, argparse.BooleanOptionalAction)
+        if switch and not isinstance(value, bool):
+            raise CommandError(f"{key} must be true or false, got {value!r}")
         if value is False:
             negation = f"--no-{flag.removeprefix('--')}"
             if negation not in flags._option_string_actions:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from kdfast.cli import config
@@ -89,18 +91,30 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="LAYER",
         help="begin a fresh student with these layers of the teacher (default: evenly spread)",
     )
+    add(
+        "--no-initialise",
+        dest="initialise",
+        action="store_const",
+        const=False,
+        help="copy none, where the recipe would",
+    )
     add_dataset(add, required=False)
     add_output(add, "where checkpoints and the student go", required=False)
     _add_data(parser.add_argument_group("data").add_argument)
     _add_objective_options(parser.add_argument_group("objective").add_argument)
     _add_training_options(parser.add_argument_group("training"))
     report = parser.add_argument_group("report").add_argument
-    report("--report", action="store_true", help="compare teacher and student, in report.md")
-    report(
+    _add_switch(report, "--report", "compare teacher and student, in report.md")
+    _add_switch(
+        report,
         "--student-alone",
-        action="store_true",
-        help="train the student without the teacher too, for the report",
+        "train the student without the teacher too, for the report",
     )
+
+
+def _add_switch(add: AddArgument, flag: str, text: str) -> None:
+    """A flag with a `--no-` for what a file has switched on."""
+    add(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
 
 
 def _add_data(add: AddArgument) -> None:
@@ -132,48 +146,76 @@ def _add_training_options(group: argparse._ArgumentGroup) -> None:
     count, positive = bounded(int, 1), bounded(float, 0, open_low=True)
     add("--epochs", type=positive, metavar="N", help="default: the recipe's, or 3")
     add("--max-steps", type=count, metavar="N", help="stop after N steps instead of --epochs")
-    add("--batch-size", type=count, metavar="N", help="sequences per device (default: 8)")
-    add("--gradient-accumulation", type=count, metavar="N", help="batches per step (default: 1)")
+    add(
+        "--batch-size",
+        type=count,
+        metavar="N",
+        help="sequences per device (default: the recipe's, or 8)",
+    )
+    add(
+        "--gradient-accumulation",
+        type=count,
+        metavar="N",
+        help="batches per step (default: the recipe's, or 1)",
+    )
     add(
         "--learning-rate",
         type=positive,
         metavar="LR",
-        help="decays linearly to 0 (default: the recipe's, or 1e-4)",
+        help="default: the recipe's, or 1e-4 that decays linearly to 0",
     )
     add_seed(add, default=None)
     add("--logging-steps", type=count, metavar="N", help="default: 10")
     add("--save-steps", type=count, metavar="N", help="steps between checkpoints (default: 500)")
-    add(
+    _add_switch(
+        add,
         "--resume",
-        action="store_true",
-        help="go on from the last checkpoint in --output, and skip stages that are finished",
+        "go on from the last checkpoint in --output, and skip stages that are finished",
     )
     add_device(add)
-    precision = group.add_mutually_exclusive_group()
-    precision.add_argument("--bf16", action="store_true", help="train in mixed bfloat16 precision")
-    precision.add_argument("--fp16", action="store_true", help="train in mixed float16 precision")
+    _add_switch(add, "--bf16", "train in mixed bfloat16 precision")
+    _add_switch(add, "--fp16", "train in mixed float16 precision")
 
 
 def _distill(arguments: argparse.Namespace) -> None:
     need("kdfast distill", "transformers", "accelerate", "datasets", "pyarrow", "yaml")
     silence_libraries()
+    from accelerate import PartialState
+
     from kdfast.cli.run import Run
 
     flags = Parser(prog="kdfast distill", add_help=False)
     _add_flags(flags)
     settings = config.stages_of(arguments, flags)
     for one in settings:
-        _check_complete(one)
+        with _named(one.name):
+            _check_complete(one)
     # All of them before the first begins.
-    runs = [Run(one) for one in settings]
+    runs: list[Run] = []
+    for one in settings:
+        with _named(one.name):
+            runs.append(Run(one, runs))
+    # No process writes what another has still to read.
+    PartialState().wait_for_everyone()
     for run in runs:
-        run()
+        with _named(run.settings.name):
+            run()
+
+
+@contextlib.contextmanager
+def _named(stage: str | None) -> Iterator[None]:
+    """Errors with the stage in which they are."""
+    try:
+        yield
+    except CommandError as error:
+        if stage is None:
+            raise
+        raise CommandError(f"stage {stage}: {error}") from error
 
 
 def _check_complete(settings: argparse.Namespace) -> None:
-    where = f"stage {settings.name}: " if settings.name else ""
-    if settings.teacher and settings.teacher_cache:
-        raise CommandError(f"{where}--teacher and --teacher-cache exclude each other")
+    if settings.bf16 and settings.fp16:
+        raise CommandError("--bf16 and --fp16 exclude each other")
     for flag, given in (
         ("--recipe (or an objective in a file)", settings.recipe or settings.objective),
         ("--teacher or --teacher-cache", settings.teacher or settings.teacher_cache),
@@ -181,4 +223,4 @@ def _check_complete(settings: argparse.Namespace) -> None:
         ("--output", settings.output),
     ):
         if not given:
-            raise CommandError(f"{where}the following arguments are required: {flag}")
+            raise CommandError(f"the following arguments are required: {flag}")

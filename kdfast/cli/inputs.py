@@ -245,6 +245,16 @@ def is_for(config: PreTrainedConfig, task: str) -> bool:
     return not names.isdisjoint(config.architectures or ())
 
 
+def architecture_for(owner: str, config: PreTrainedConfig, task: str) -> str:
+    """The name of the model of a config's kind that is for the task."""
+    import transformers
+
+    models = getattr(transformers, AUTO_CLASSES[task])._model_mapping
+    if type(config) not in models:
+        raise CommandError(f"the {owner} is a {config.model_type}, and none of these is for {task}")
+    return models[type(config)].__name__
+
+
 def _block_size(
     asked: int | None, tokenizer: PreTrainedTokenizerBase, *configs: PreTrainedConfig
 ) -> int:

@@ -64,7 +64,7 @@ class Before:
             raise CommandError(f"--output {output} is not empty: pass {advice}another directory")
         if left and not made.exists():
             raise CommandError(
-                f"--resume: {output} is not empty and holds no {config.FILE}: no run has begun there"
+                f"--resume: {output} is not empty and holds no {config.FILE}: no run began there"
             )
         if resume and not left and not stage:
             raise CommandError(f"--resume: there is no checkpoint in {output}")

@@ -6,42 +6,42 @@ import argparse
 import copy
 import inspect
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import transformers
+import yaml
 from transformers import (
-    AutoConfig,
     DataCollatorForLanguageModeling,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import kdfast
 from kdfast import files
 from kdfast.cli import config
-from kdfast.cli.errors import CommandError, reporting
+from kdfast.cli.errors import CommandError, need, reason_of, reporting
 from kdfast.cli.inputs import (
     Data,
+    architecture_for,
     cached_tokenizer,
     check_dataset,
     check_model,
+    check_other_teacher,
     fixed_blocks,
     has_weights,
     load_blocks,
     load_config,
     load_model,
+    load_tokenizer,
     open_cache,
     settle_data,
     students_tokenizer,
@@ -49,25 +49,29 @@ from kdfast.cli.inputs import (
 )
 from kdfast.cli.options import DEFAULT_SEED, LANGUAGE_TASKS, check_device
 from kdfast.cli.report import results_of, train_alone, write_comparison
-from kdfast.cli.tasks import Prepared, load_classifier, prepare
+from kdfast.cli.resume import RESULTS, Before
+from kdfast.cli.students import student_config
+from kdfast.cli.tasks import (
+    CLASSIFICATIONS,
+    Prepared,
+    check_same_classes,
+    load_classifier,
+    prepare,
+)
 from kdfast.trainer import (
     RECIPES,
     DistillationTrainer,
     Ensemble,
     Objective,
     Recipe,
+    TruncatedLogits,
     initialise_from_teacher,
 )
-from kdfast.trainer.checkpoints import UNFINISHED, CheckpointError, last_checkpoint
-from kdfast.trainer.projections import FILE as PROJECTIONS
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from kdfast.teacher_cache import TeacherCache
-
-# Written last: a run that has this needs nothing done again.
-RESULTS = "results.json"
 
 # The flags that stand for an argument of transformers.TrainingArguments each.
 TRAINING_FLAGS = {
@@ -80,32 +84,34 @@ TRAINING_FLAGS = {
     "save_steps": "save_steps",
 }
 
-# What a fresh student has from its teacher, where its recipe cannot know it.
-FROM_TEACHER = (
-    "vocab_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-)
+# And the other way round: what `training` must leave to flags.
+FLAGS_OF_TRAINING = {
+    "output_dir": "--output",
+    "seed": "--seed",
+    "use_cpu": "--device",
+    "bf16": "--bf16",
+    "fp16": "--fp16",
+}
+
+# Flags that say nothing to a language model.
+OF_CLASSIFIERS = ("eval_dataset", "label_column", "text_pair_column")
 
 
 class Run:
-    """A run with all its settings, which are checked when it is made.
+    """A run, of which everything is read but the models' weights, and checked, when it is made.
 
     Args:
         settings: of `kdfast.cli.config.stages_of`.
+        earlier: the runs before it, with one of whose students it may begin.
     """
 
-    def __init__(self, settings: argparse.Namespace) -> None:
+    def __init__(self, settings: argparse.Namespace, earlier: Sequence[Run] = ()) -> None:
         self.settings = settings
-        for path in settings.teacher or ():
-            check_model("teacher", path)
-        if isinstance(settings.student, Path) and settings.student != settings.follows:
-            check_model("student", settings.student)
-        check_dataset(settings.dataset)
-        check_dataset(settings.eval_dataset or ())
+        self.former = next((run for run in earlier if run.leaves(settings.student)), None)
+        self.followers: list[Run] = []
+        if self.former is not None:
+            self.former.followers.append(self)
+        self._check_files()
         if settings.seed is None:
             settings.seed = DEFAULT_SEED
         check_device(settings.device)
@@ -114,34 +120,35 @@ class Run:
             self.cache = open_cache(settings.teacher_cache)
             _take_data_from(self.cache, settings)
         self.recipe = self._recipe()
-        if settings.student is None and self.recipe.student_config is None:
-            raise CommandError(
-                "the following arguments are required: --student: the recipe prescribes none"
-            )
-        if settings.student_alone and not settings.report:
-            raise CommandError("--student-alone is for --report")
-        if settings.report and (self.cache is not None or len(settings.teacher) > 1):
-            raise CommandError("--report compares with one teacher: pass one --teacher")
-        self.checkpoint = self._checkpoint_to_resume()
+        self._check_flags()
+        before = Before(
+            settings.output, resume=bool(settings.resume), stage=settings.name is not None
+        )
+        self.checkpoint = before.checkpoint
+        self.chosen_arguments = self._chosen_arguments()
+        self._read()
+        self._check_objective()
+        if len(self.prepared.held_out) == 0:
+            self.chosen_arguments["eval_strategy"] = "no"
+        self._check_report()
+        arguments = self._training_arguments()
+        self.optimizer = self._optimizer(arguments)
+        self.text = config.text_of(self._resolved(arguments))
+        resolved = yaml.safe_load(self.text)
+        before.check_goes_on(resolved)
+        self.finished = before.is_finished(resolved)
 
     def __call__(self) -> None:
-        settings = self.settings
-        arguments = self._training_arguments()
-        tokenizer, data, prepared, configs, vocab_size = self._read()
-        if len(prepared.held_out) == 0:
-            arguments.eval_strategy = "no"
-            if settings.report:
-                raise CommandError("--report needs held-out data: raise --eval-fraction")
-        if settings.report and prepared.metric == "loss":
-            raise CommandError("--report needs labels: pass --label-column")
-        text = config.text_of(self._resolved(data, arguments, configs[0]))
-        if settings.resume and self._finished(text):
+        settings, prepared = self.settings, self.prepared
+        if self.finished:
             print(f"{settings.output} is finished")
             return
-
+        self._check_followers()
+        # Once more: those of a later run have set what a process has one of.
+        arguments = self._training_arguments()
         set_seed(settings.seed)
-        teacher = self._teacher(configs[1:], data)
-        student = self._student(configs[0], data, prepared, teacher)
+        teacher = self._teacher()
+        student = self._student(teacher)
         untrained = copy.deepcopy(student) if settings.student_alone else None
         with reporting():
             trainer = DistillationTrainer(
@@ -150,36 +157,137 @@ class Run:
                 teacher=teacher,
                 teacher_cache=self.cache,
                 objective=self.recipe.objective,
-                vocab_size=vocab_size,
+                vocab_size=self.vocab_size,
                 train_dataset=prepared.train,
                 eval_dataset=prepared.held_out,
-                processing_class=tokenizer,
+                processing_class=self.tokenizer,
                 data_collator=prepared.collator,
                 compute_metrics=prepared.compute_metrics,
-                optimizer_cls_and_kwargs=self._optimizer(arguments),
+                optimizer_cls_and_kwargs=self.optimizer,
             )
             self._take_projections(trainer)
+        trainer.beside = {config.FILE: self.text}
         main = trainer.is_world_process_zero()
-        if main:
-            self._write(config.FILE, text)
-        trainer.add_callback(_ConfigBesideCheckpoints(text))
         try:
+            if main:
+                self._write(config.FILE, self.text)
             trainer.train(resume_from_checkpoint=self.checkpoint)
             trainer.save_model()
             trainer.save_state()
-        except CheckpointError as error:
-            raise CommandError(str(error)) from error
-        results = results_of(trainer)
-        if settings.report:
-            alone = None if untrained is None else train_alone(untrained, trainer, prepared)
-            results |= write_comparison(trainer, prepared, alone)
+            results = results_of(trainer)
+            if settings.report:
+                alone = None if untrained is None else train_alone(untrained, trainer, prepared)
+                results |= write_comparison(trainer, prepared, alone)
+            if main:
+                self._write(RESULTS, json.dumps(results, indent=2) + "\n")
+        except (OSError, TypeError, ValueError) as error:
+            # What a batch, a disk or the optimiser had against it.
+            raise CommandError(reason_of(error)) from error
         if main:
-            self._write(RESULTS, json.dumps(results, indent=2) + "\n")
             print(f"student saved to {settings.output}")
+
+    def leaves(self, student: object) -> bool:
+        """Whether this is the path of the student that the run will leave."""
+        output = os.path.abspath(self.settings.output)
+        return isinstance(student, Path) and os.path.abspath(student) == output
 
     def _write(self, name: str, text: str) -> None:
         self.settings.output.mkdir(parents=True, exist_ok=True)
         files.write(self.settings.output / name, text.encode())
+
+    def _check_followers(self) -> None:
+        """That no run has begun with the student that this one is about to replace."""
+        for follower in self.followers:
+            output = follower.settings.output
+            if (output / config.FILE).exists():
+                raise CommandError(
+                    f"{output} began with the student in {self.settings.output}, which will now be "
+                    f"another: remove {output}"
+                )
+            follower._check_followers()
+
+    def _check_files(self) -> None:
+        settings = self.settings
+        for path in settings.teacher or ():
+            check_model("teacher", path)
+        if isinstance(settings.student, Path) and self.former is None:
+            check_model("student", settings.student)
+        check_dataset(settings.dataset)
+        check_dataset(settings.eval_dataset or (), "--eval-dataset")
+
+    def _check_flags(self) -> None:
+        """Those that go with others."""
+        settings = self.settings
+        teachers = len(settings.teacher or ())
+        if settings.student is None and self.recipe.student_config is None:
+            raise CommandError(
+                "the following arguments are required: --student: the recipe prescribes none"
+            )
+        if settings.teacher_weights is not None and teachers < 2:
+            raise CommandError("--teacher-weights: there is one teacher")
+        if settings.teacher_weights is not None and len(settings.teacher_weights) != teachers:
+            raise CommandError(
+                f"--teacher-weights: there are {teachers} teachers, and "
+                f"{len(settings.teacher_weights)} weights"
+            )
+        if settings.student_alone and not settings.report:
+            raise CommandError("--student-alone is for --report")
+        if settings.report:
+            need("--report", "matplotlib", extra="report")
+            if teachers != 1:
+                raise CommandError("--report compares with one teacher: pass one --teacher")
+        if self.recipe.objective.features and teachers != 1:
+            raise CommandError("the objective looks inside the teacher: pass one --teacher")
+        asked = settings.initialise not in (None, False)
+        if asked and self.former is None and not self._is_fresh():
+            raise CommandError(
+                f"--initialise is for a fresh student, and --student {settings.student} has weights"
+            )
+        if self._initialises() and teachers != 1:
+            raise CommandError("--initialise takes the layers of one teacher: pass one --teacher")
+
+    def _is_fresh(self) -> bool:
+        """Whether the student begins without weights of its own."""
+        path = self.settings.student
+        return self.former is None and not (isinstance(path, Path) and has_weights(path))
+
+    def _initialises(self) -> bool:
+        """Whether the student begins with layers of the teacher."""
+        chosen = self.settings.initialise
+        return self._is_fresh() and (
+            self.recipe.initialise if chosen is None else chosen is not False
+        )
+
+    def _check_report(self) -> None:
+        if not self.settings.report:
+            return
+        if len(self.prepared.held_out) == 0:
+            raise CommandError("--report needs held-out data: raise --eval-fraction")
+        if self.prepared.metric == "loss":
+            raise CommandError("--report needs labels: pass --label-column")
+
+    def _check_objective(self) -> None:
+        """What would come to light with the first batch."""
+        soft, task = self.recipe.objective.soft, self.data.task
+        if soft is None or self.cache is not None:
+            return
+        if self.prepared.student_settings.get("problem_type") == "regression":
+            raise CommandError(
+                "the teacher predicts a number, which is no distribution: train towards LogitMSE, "
+                "as the recipe bilstm does"
+            )
+        if soft.tokens == "all" and task in ("sequence-classification", "question-answering"):
+            raise CommandError(
+                f"the objective has tokens='all', and of {task} there is no distribution per token"
+            )
+        classes = None
+        if task in LANGUAGE_TASKS:
+            classes = self.vocab_size
+        elif task in CLASSIFICATIONS:
+            classes = self.teacher_configs[0].num_labels
+        truncated = isinstance(soft, TruncatedLogits) and soft.draws is None
+        if truncated and classes is not None and soft.k > classes:
+            raise CommandError(f"k must be at most the teacher's {classes} columns, got {soft.k}")
 
     def _recipe(self) -> Recipe:
         settings = self.settings
@@ -191,6 +299,7 @@ class Run:
         if settings.objective is not None:
             for name in (*flags, *settings.settings):
                 raise CommandError(f"{name} is a setting of a recipe: write it into the objective")
+            _check_terms(settings.objective)
             with reporting():
                 return Recipe(Objective.from_config(settings.objective))
         if settings.recipe not in RECIPES:
@@ -219,33 +328,15 @@ class Run:
         with reporting():
             return make(**chosen)
 
-    def _checkpoint_to_resume(self) -> str | None:
-        output, resume = self.settings.output, self.settings.resume
-        if output.exists() and not output.is_dir():
-            raise CommandError(f"--output {output} is not a directory")
-        checkpoint = last_checkpoint(output)
-        # A stage may have been killed before it began, or before its first checkpoint.
-        begun = checkpoint is not None or (output / config.FILE).exists()
-        if resume and not begun and self.settings.name is None:
-            raise CommandError(f"--resume: there is no checkpoint in {output}")
-        left = [path for path in output.glob("*") if not path.name.startswith(UNFINISHED)]
-        if not resume and left:
-            advice = "--resume to go on from its last checkpoint, or " if begun else ""
-            raise CommandError(f"--output {output} is not empty: pass {advice}another directory")
-        return checkpoint
-
-    def _finished(self, text: str) -> bool:
-        """Whether these very settings have been run to their end."""
-        output = self.settings.output
-        made = output / config.FILE
-        return (
-            (output / RESULTS).is_file()
-            and made.is_file()
-            and made.read_text(encoding="utf-8") == text
-        )
-
-    def _training_arguments(self) -> TrainingArguments:
+    def _chosen_arguments(self) -> dict[str, object]:
+        """Those of transformers.TrainingArguments that kdfast, the recipe or the user choose."""
         settings = self.settings
+        known = {field.name for field in fields(TrainingArguments)}
+        for name in settings.training:
+            if name in FLAGS_OF_TRAINING:
+                raise CommandError(f"training.{name} has a flag: pass {FLAGS_OF_TRAINING[name]}")
+            if name not in known:
+                raise CommandError(f"training.{name} is no argument of TrainingArguments")
         given = {
             argument: getattr(settings, flag)
             for flag, argument in TRAINING_FLAGS.items()
@@ -253,26 +344,27 @@ class Run:
         }
         if settings.batch_size is not None:
             given["per_device_eval_batch_size"] = settings.batch_size
-        evaluates = settings.eval_fraction is None or settings.eval_fraction > 0
-        chosen = {
+        evaluates = settings.eval_dataset or settings.eval_fraction != 0
+        return {
             "learning_rate": 1e-4,
             "logging_steps": 10,
             "eval_strategy": "epoch" if evaluates else "no",
             **self.recipe.training_arguments,
             **settings.training,
             **given,
-            "output_dir": str(settings.output),
-            "seed": settings.seed,
-            "use_cpu": settings.device == "cpu",
-            "bf16": settings.bf16,
-            "fp16": settings.fp16,
         }
-        known = {field.name for field in fields(TrainingArguments)}
-        for name in settings.training:
-            if name not in known:
-                raise CommandError(f"training.{name} is no argument of TrainingArguments")
+
+    def _training_arguments(self) -> TrainingArguments:
+        settings = self.settings
         with reporting():
-            return TrainingArguments(**chosen)
+            return TrainingArguments(
+                **self.chosen_arguments,
+                output_dir=str(settings.output),
+                seed=settings.seed,
+                use_cpu=settings.device == "cpu",
+                bf16=bool(settings.bf16),
+                fp16=bool(settings.fp16),
+            )
 
     def _optimizer(
         self, arguments: TrainingArguments
@@ -281,59 +373,103 @@ class Run:
         if self.settings.optimizer:
             options = dict(self.settings.optimizer)
             name = options.pop("name", None)
+            if name is None:
+                raise CommandError("optimizer needs the name of one of torch.optim")
             kind = getattr(torch.optim, str(name), None)
             if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
                 raise CommandError(f"optimizer: torch.optim has no {name!r}")
+            if "lr" in options:
+                raise CommandError("optimizer: lr is --learning-rate")
         elif self.recipe.optimizer is not None:
             kind, options = self.recipe.optimizer
         else:
             return None
-        return kind, {**options, "lr": arguments.learning_rate}
+        options = {**options, "lr": arguments.learning_rate}
+        with reporting(f"optimizer: {kind.__name__}"):
+            kind([torch.nn.Parameter(torch.zeros(1, 1))], **options)
+        return kind, options
 
-    def _read(
-        self,
-    ) -> tuple[PreTrainedTokenizerBase, Data, Prepared, list[PreTrainedConfig], int | None]:
+    def _read(self) -> None:
         """Tokenizer, data, the configs of student and teachers, and the tokens that both have."""
         settings, cache = self.settings, self.cache
         teachers = [load_config("teacher", path) for path in settings.teacher or ()]
         if cache is None:
             tokenizer = teachers_tokenizer(settings.teacher[0], teachers[0].vocab_size)
+            for path, teacher in list(zip(settings.teacher, teachers, strict=True))[1:]:
+                check_other_teacher(path, teacher.vocab_size, tokenizer)
         else:
             tokenizer = cached_tokenizer(cache)
-        student = self._student_config(teachers, len(tokenizer))
-        if isinstance(settings.student, Path):
-            tokenizer = students_tokenizer(settings.student, student.vocab_size, tokenizer)
+        own = None
+        if self.former is not None:
+            student, own = self.former._student_as_saved(), self.former.tokenizer
+        else:
+            student = student_config(
+                settings.student,
+                self.recipe.student_config,
+                teachers[0] if teachers else None,
+                len(tokenizer),
+                pairs=settings.text_pair_column is not None and _tells_apart(tokenizer),
+            )
+            if isinstance(settings.student, Path):
+                own = load_tokenizer("student", settings.student)
+        tokenizer = students_tokenizer(own, student.vocab_size, tokenizer)
         # The order of cached blocks and their masks are the cache's; training has its own seed.
         seed = settings.seed if cache is None else cache.manifest["data"]["seed"]
         data = settle_data(settings, seed, tokenizer, student, *teachers)
-        vocab_size = None
-        if data.task in LANGUAGE_TASKS:
-            prepared = self._prepare_blocks(data, tokenizer)
-            # Widths may differ by padding alone, which holds no token.
-            vocab_size = (
-                min(model.vocab_size for model in (student, *teachers))
-                if cache is None
-                else cache.vocab_size
-            )
-        else:
-            prepared = prepare(
-                data.task,
-                settings.dataset,
-                tokenizer=tokenizer,
-                teacher_config=teachers[0],
-                text_column=data.text_column,
-                text_pair_column=settings.text_pair_column,
-                label_column=settings.label_column,
-                max_length=data.block_size,
-                eval_fraction=data.eval_fraction,
-                seed=data.seed,
-                eval_files=settings.eval_dataset,
-            )
-            # Of sequences alone, labels may be missing.
-            labelled = prepared.metric != "loss"
-            if not labelled and self.recipe.objective.needs_labels(per_token=False):
-                raise CommandError("the objective needs labels: pass --label-column")
-        return tokenizer, data, prepared, [student, *teachers], vocab_size
+        architecture_for("student", student, data.task)
+        self.tokenizer, self.data = tokenizer, data
+        self.student_config, self.teacher_configs = student, teachers
+        self.vocab_size: int | None = None
+        if data.task not in LANGUAGE_TASKS:
+            self.prepared = self._prepare_rows()
+            return
+        for name in OF_CLASSIFIERS:
+            if getattr(settings, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise CommandError(f"{flag} says nothing to a language model")
+        self.prepared = self._prepare_blocks(data, tokenizer)
+        # Widths may differ by padding alone, which holds no token.
+        self.vocab_size = (
+            min(model.vocab_size for model in (student, *teachers))
+            if cache is None
+            else cache.vocab_size
+        )
+
+    def _prepare_rows(self) -> Prepared:
+        settings, data, (first, *others) = self.settings, self.data, self.teacher_configs
+        prepared = prepare(
+            data.task,
+            settings.dataset,
+            tokenizer=self.tokenizer,
+            teacher_config=first,
+            text_column=data.text_column,
+            text_pair_column=settings.text_pair_column,
+            label_column=settings.label_column,
+            max_length=data.block_size,
+            eval_fraction=data.eval_fraction,
+            seed=data.seed,
+            eval_files=settings.eval_dataset,
+        )
+        classes = prepared.student_settings
+        for path, other in zip(settings.teacher[1:], others, strict=True):
+            whose = f"the teacher in {path}"
+            check_same_classes(whose, other, data.task, classes, "the first teacher")
+        if not self._is_fresh():
+            whose = f"the student in {settings.student}"
+            check_same_classes(whose, self.student_config, data.task, classes)
+        # Of sequences alone, labels may be missing.
+        labelled = prepared.metric != "loss"
+        if not labelled and self.recipe.objective.needs_labels(per_token=False):
+            raise CommandError("the objective needs labels: pass --label-column")
+        return prepared
+
+    def _student_as_saved(self) -> PreTrainedConfig:
+        """What the config beside the student will say."""
+        student = copy.deepcopy(self.student_config)
+        for name, value in self.prepared.student_settings.items():
+            setattr(student, name, value)
+        student.architectures = [architecture_for("student", student, self.data.task)]
+        return student
 
     def _prepare_blocks(self, data: Data, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         train, held_out = load_blocks(self.settings.dataset, data, tokenizer)
@@ -355,97 +491,61 @@ class Run:
             student_settings={},
         )
 
-    def _student_config(
-        self, teachers: list[PreTrainedConfig], vocab_size: int
-    ) -> PreTrainedConfig:
-        chosen = self.settings.student
-        if isinstance(chosen, Path):
-            return load_config("student", chosen)
-        if isinstance(chosen, Mapping):
-            model_type = chosen.get("model_type")
-            if model_type is None:
-                raise CommandError("student must have a model_type, as in a config.json")
-            with reporting("student"):
-                return AutoConfig.for_model(**chosen)
-        student = self.recipe.student_config
-        source = teachers[0] if teachers else None
-        known = {name: getattr(source, name, None) for name in FROM_TEACHER}
-        if source is None:
-            known["vocab_size"] = vocab_size
-        changes = {
-            name: value
-            for name, value in known.items()
-            if value is not None and hasattr(student, name)
-        }
-        return type(student).from_dict({**student.to_dict(), **changes})
-
-    def _teacher(
-        self, configs: list[PreTrainedConfig], data: Data
-    ) -> PreTrainedModel | Ensemble | None:
-        settings = self.settings
+    def _teacher(self) -> PreTrainedModel | Ensemble | None:
+        settings, task = self.settings, self.data.task
         if self.cache is not None:
             return None
-        load = load_model if data.task in LANGUAGE_TASKS else load_classifier
+        load = load_model if task in LANGUAGE_TASKS else load_classifier
         models = [
-            load("teacher", path, model_config, data.task)
-            for path, model_config in zip(settings.teacher, configs, strict=True)
+            load("teacher", path, model_config, task)
+            for path, model_config in zip(settings.teacher, self.teacher_configs, strict=True)
         ]
         if len(models) == 1:
-            if settings.teacher_weights is not None:
-                raise CommandError("--teacher-weights: there is one teacher")
             return models[0]
         vocab_size = None
-        if data.task in LANGUAGE_TASKS:
-            vocab_size = min(model_config.vocab_size for model_config in configs)
+        if task in LANGUAGE_TASKS:
+            vocab_size = min(model_config.vocab_size for model_config in self.teacher_configs)
         with reporting():
             return Ensemble(models, weights=settings.teacher_weights, vocab_size=vocab_size)
 
-    def _student(
-        self,
-        student_config: PreTrainedConfig,
-        data: Data,
-        prepared: Prepared,
-        teacher: PreTrainedModel | Ensemble | None,
-    ) -> PreTrainedModel:
-        settings = self.settings
+    def _student(self, teacher: PreTrainedModel | Ensemble | None) -> PreTrainedModel:
+        settings, task = self.settings, self.data.task
         path = settings.student if isinstance(settings.student, Path) else None
-        if data.task in LANGUAGE_TASKS:
-            student = load_model("student", path, student_config, data.task)
+        own = self.student_config if self.former is None else load_config("student", path)
+        if task in LANGUAGE_TASKS:
+            student = load_model("student", path, own, task)
         else:
-            student = load_classifier(
-                "student", path, student_config, data.task, prepared.student_settings
-            )
-        if settings.initialise is None and not self._initialises():
-            return student
-        if teacher is None or isinstance(teacher, Ensemble):
-            raise CommandError("--initialise takes the layers of one teacher, and there is none")
-        with reporting("cannot initialise the student"):
-            initialise_from_teacher(student, teacher, settings.initialise or None)
+            student = load_classifier("student", path, own, task, self.prepared.student_settings)
+        if self._initialises():
+            with reporting("cannot initialise the student"):
+                initialise_from_teacher(student, teacher, settings.initialise or None)
         return student
 
     def _take_projections(self, trainer: DistillationTrainer) -> None:
-        """Those that the student's former stage has learnt, where this one compares the same."""
-        before = self.settings.follows
-        has_any = before is not None and (before / PROJECTIONS).is_file()
-        if has_any and trainer.projections is not None:
-            trainer.projections.load(before)
+        """Those that were learnt beside the student, where the objective has the same."""
+        path = self.settings.student
+        projections = trainer.projections
+        if isinstance(path, Path) and projections is not None and projections.fits(path):
+            projections.load(path)
 
-    def _resolved(
-        self, data: Data, arguments: TrainingArguments, student: PreTrainedConfig
-    ) -> dict[str, object]:
+    def _resolved(self, arguments: TrainingArguments) -> dict[str, object]:
         """All settings with their defaults filled in, as a file that repeats the run."""
-        settings = self.settings
-        optimizer = self._optimizer(arguments)
-        initialise = settings.initialise
-        if initialise == [] or (initialise is None and self._initialises()):
-            initialise = True
+        settings, data = self.settings, self.data
+        own_student = self.student_config.to_diff_dict()
+        # It stands among the versions, and makes no other student.
+        own_student.pop("transformers_version", None)
+        optimizer = None
+        if self.optimizer is not None:
+            kind, options = self.optimizer
+            optimizer = {"name": kind.__name__, **options}
+            del optimizer["lr"]
         chosen = {
             "objective": self.recipe.objective.to_config(),
             "teacher": settings.teacher,
             "teacher_cache": settings.teacher_cache,
             "teacher_weights": settings.teacher_weights,
-            "student": settings.student or student.to_diff_dict(),
-            "initialise": initialise,
+            "student": settings.student or own_student,
+            "initialise": self._initialises() and (settings.initialise or True),
             "dataset": settings.dataset,
             "eval_dataset": settings.eval_dataset,
             "output": settings.output,
@@ -462,8 +562,8 @@ class Run:
             "fp16": settings.fp16,
             "report": settings.report,
             "student_alone": settings.student_alone,
-            "training": _changed(arguments),
-            "optimizer": optimizer and {"name": optimizer[0].__name__, **optimizer[1]},
+            "training": self._training_settings(arguments),
+            "optimizer": optimizer,
             "versions": {
                 "kdfast": kdfast.__version__,
                 "torch": torch.__version__,
@@ -472,21 +572,32 @@ class Run:
         }
         return {n: value for n, value in chosen.items() if value is not None and value is not False}
 
-    def _initialises(self) -> bool:
-        """Whether the recipe has the student begin with layers of the teacher."""
-        path = self.settings.student
-        fresh = not (isinstance(path, Path) and path.is_dir() and has_weights(path))
-        return self.recipe.initialise and fresh
+    def _training_settings(self, arguments: TrainingArguments) -> dict[str, object]:
+        """What was chosen, be it the default too, and what comes of it."""
+        # As the arguments were made: some defaults depend on how much is to be logged.
+        with reporting():
+            defaults = TrainingArguments(output_dir=arguments.output_dir, use_cpu=arguments.use_cpu)
+        own, other = arguments.to_dict(), defaults.to_dict()
+        names = [
+            field.name
+            for field in fields(TrainingArguments)
+            if field.init and field.name in own and field.name not in FLAGS_OF_TRAINING
+        ]
+        return {n: own[n] for n in names if n in self.chosen_arguments or own[n] != other[n]}
 
 
-def _changed(arguments: TrainingArguments) -> dict[str, object]:
-    """The training arguments that are not transformers' own defaults."""
-    defaults = TrainingArguments(output_dir=arguments.output_dir, use_cpu=arguments.use_cpu)
-    # These have flags.
-    known = {"output_dir", "seed", "use_cpu", "bf16", "fp16"}
-    own, other = arguments.to_dict(), defaults.to_dict()
-    names = [f.name for f in fields(TrainingArguments) if f.init and f.name in own]
-    return {n: own[n] for n in names if n not in known and own[n] != other[n]}
+def _tells_apart(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether of the tokens of a pair it says which text they are of."""
+    return len(set(tokenizer("a", "b").get("token_type_ids", ()))) > 1
+
+
+def _check_terms(objective: object) -> None:
+    for entry in objective if isinstance(objective, list) else ():
+        for name, term in entry.items() if isinstance(entry, Mapping) else ():
+            if not (term is None or isinstance(term, Mapping)):
+                raise CommandError(
+                    f"objective: {name} must have a mapping of settings, got {term!r}"
+                )
 
 
 def _take_data_from(cache: TeacherCache, settings: argparse.Namespace) -> None:
@@ -520,21 +631,3 @@ def _attach(cache: TeacherCache, train: Dataset, held_out: Dataset) -> tuple[Dat
             cache.attach(train),
             cache.attach(held_out, len(train)) if len(held_out) else held_out,
         )
-
-
-class _ConfigBesideCheckpoints(TrainerCallback):
-    """The run's settings in every checkpoint."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: object,
-    ) -> None:
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-            files.write(folder / config.FILE, self._text.encode())

@@ -197,9 +197,7 @@ def check_same_classes(
     if own.count != wanted.count:
         raise CommandError(f"{whose} has {own.count} classes and {others} {wanted.count}")
     if own.numbers != wanted.numbers and not own.generic and not wanted.generic:
-        raise CommandError(
-            f"{whose} has the classes {own.listed} and {others} {wanted.listed}"
-        )
+        raise CommandError(f"{whose} has the classes {own.listed} and {others} {wanted.listed}")
 
 
 @dataclass(frozen=True)

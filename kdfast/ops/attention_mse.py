@@ -24,7 +24,7 @@ from kdfast.ops.arguments import (
     check_shape,
 )
 from kdfast.ops.gradient import refuse_double_backward, scale_gradient
-from kdfast.ops.head import wide_dtype
+from kdfast.ops.head import HALF, wide_dtype
 from kdfast.ops.memory import fresh
 from kdfast.ops.rows import Addresses, cpp_kernel
 from kdfast.ops.score_rows import MappedRows, PairedRows
@@ -94,7 +94,7 @@ def _inner(query_gram: Tensor, key_gram: Tensor, rows: Rows, samples: int) -> Te
     The second is what the first is a difference of.
     """
     wide = _wide_sum(query_gram.device)
-    terms = query_gram.to(wide) * key_gram.to(wide)
+    terms = query_gram[..., : rows.total_width].to(wide) * key_gram.to(wide)
     split = rows.student_keys(terms).shape[-1]
     own = terms[..., :split, :split].sum((1, 2)) + terms[..., split:, split:].sum((1, 2))
     return torch.stack([terms.sum((1, 2)), own]).view(2, samples, -1).sum(2)
@@ -125,20 +125,21 @@ def _gram(rows: Rows, samples: slice, spans: list[slice], gradients: _Gradients)
     for tokens in reversed(spans):
         length = tokens.stop - tokens.start
         if gradients.query is not None:
-            product = torch.matmul(rows.queries(samples, tokens), by_query)
-            gradients.write_query(samples, tokens, rows.per_head(product, length))
+            product = rows.times(rows.queries(samples, tokens), by_query, length)
+            gradients.write_query(samples, tokens, product)
         if gradients.key is not None:
-            product = torch.matmul(rows.keys(samples, tokens), by_key)
-            gradients.write_key(samples, tokens, rows.per_head(product, length))
+            product = rows.times(rows.keys(samples, tokens), by_key, length)
+            gradients.write_key(samples, tokens, product)
     return sums
 
 
 def _add_gram(total: Tensor | None, part: Tensor, rows: Rows) -> Tensor:
-    split = rows.student_keys(part).shape[-1]
-    own, rest = part[..., :split], part[..., split:]
+    """total + QᵀQ or KᵀK of some rows, and the product with what stands beside Q behind it."""
+    split, end = rows.student_keys(part).shape[-1], rows.total_width
+    own, rest = part[..., :split], part[..., split:end]
     # It is symmetric: the product of the two models' parts is taken once.
     upper = torch.bmm(own.mT, part)
-    lower = torch.cat([upper[..., split:].mT, torch.bmm(rest.mT, rest)], dim=-1)
+    lower = torch.cat([upper[..., split:end].mT, torch.bmm(rest.mT, part[..., split:])], dim=-1)
     gram = torch.cat([upper, lower], dim=-2)
     # float32 adds up a span. Over spans, its rounding would grow with the sequence.
     return gram if total is None else total.to(_wide_sum(gram.device)).add_(gram)
@@ -159,10 +160,11 @@ def _causal_gram(rows: Rows, samples: slice, spans: list[slice], gradients: _Gra
         by_query = rows.times_keys(tile, keys) if gradients.query is not None else None
         if past is not None:
             weighed = rows.weighed(past)
-            sums += _inner(_add_gram(None, queries, rows), weighed, rows, len(squares))
+            query_gram = _add_gram(None, queries[..., : rows.total_width], rows)
+            sums += _inner(query_gram, weighed, rows, len(squares))
             if by_query is not None:
-                product = torch.matmul(queries, rows.student_keys(weighed).to(rows.dtype))
-                by_query += rows.per_head(product, tile.shape[2])
+                matrix = rows.student_keys(weighed).to(rows.dtype)
+                by_query += rows.times(queries, matrix, tile.shape[2])
         if by_query is not None:
             gradients.write_query(samples, tokens, by_query)
         past = _add_gram(past, keys, rows)
@@ -174,9 +176,8 @@ def _causal_gram(rows: Rows, samples: slice, spans: list[slice], gradients: _Gra
         tile = rows.scores(queries, keys).tril_()
         by_key = rows.times_queries(tile, queries)
         if future is not None:
-            by_keys = rows.student_queries(rows.weighed(future)).to(rows.dtype)
-            product = torch.matmul(keys, by_keys)
-            by_key += rows.per_head(product, tile.shape[2])
+            matrix = rows.student_queries(rows.weighed(future)).to(rows.dtype)
+            by_key += rows.times(keys, matrix, tile.shape[2])
         gradients.write_key(samples, tokens, by_key)
         future = _add_gram(future, queries, rows)
     return sums
@@ -230,7 +231,8 @@ def _matrix_products(
     if length == 0:
         return sums
     layout = PairedRows if head_map is None else partial(MappedRows, head_map=head_map)
-    rows = layout(queries, keys, *masks, ratio, dtype)
+    settings = ratio, gradients.key is not None
+    rows = layout(queries, keys, *masks, *settings, dtype)
     checked = method == "auto" and device.type == "cpu" and dtype == torch.float32
     if method == "auto":
         method = _cheaper(rows, length, causal, gradients.wanted())
@@ -251,7 +253,7 @@ def _matrix_products(
         found, scale = gram(rows, samples, spans, gradients)
         if checked and (found < SMALLEST_SHARE * scale).any():
             if precise is None:
-                precise = layout(queries, keys, *masks, ratio, torch.float64)
+                precise = layout(queries, keys, *masks, *settings, torch.float64)
             found, _ = gram(precise, samples, spans, gradients)
         sums[samples] = found.clamp_min(0)
     return sums
@@ -290,7 +292,7 @@ def _cpp(
     dtype = wide_dtype(queries[0].dtype, keys[0].dtype)
     checked = method == "auto" and dtype == torch.float32
     if method == "auto":
-        rows = PairedRows(queries, keys, *masks, ratio, dtype)
+        rows = PairedRows(queries, keys, *masks, ratio, gradients.key is not None, dtype)
         tiled, gram = rows.operations(length, gradients.wanted())
         if causal:
             # Half the tiles, and those on the diagonal; measured, Gram matrices cost twice.
@@ -422,11 +424,13 @@ def _counted_cells(
     return heads * (query_mask * seen).sum()
 
 
+# The loss is written into a buffer, like the gradients: torch.compile trips over an operator that
+# writes to arguments and returns one tensor, where nobody takes it, as in a backward pass (2.13).
 registry.library.define(
     "attention_mse_forward(Tensor student_query, Tensor student_key, Tensor teacher_query, "
     "Tensor teacher_key, Tensor? key_mask, Tensor? query_mask, Tensor? head_map, Tensor? incoming, "
-    "Tensor(a!)? query_gradient, Tensor(b!)? key_gradient, *, bool causal, float? student_scale, "
-    "float? teacher_scale, str reduction, str method) -> Tensor"
+    "Tensor(a!)? loss, Tensor(b!)? query_gradient, Tensor(c!)? key_gradient, *, bool causal, "
+    "float? student_scale, float? teacher_scale, str reduction, str method) -> ()"
 )
 
 
@@ -440,6 +444,7 @@ def _attention_mse_forward(
     query_mask: Tensor | None,
     head_map: Tensor | None,
     incoming: Tensor | None,
+    loss: Tensor | None,
     query_gradient: Tensor | None,
     key_gradient: Tensor | None,
     *,
@@ -448,7 +453,7 @@ def _attention_mse_forward(
     teacher_scale: float | None,
     reduction: str,
     method: str,
-) -> Tensor:
+) -> None:
     device, wide = student_query.device, wide_dtype(student_query.dtype, student_key.dtype)
     if student_scale is None:
         student_scale = student_query.shape[-1] ** -0.5
@@ -480,15 +485,14 @@ def _attention_mse_forward(
             ratio=teacher_scale / student_scale,
             method=method,
         )
-    sums = student_scale**2 * sums
-    return (sums if reduction == "none" else sums.sum() / divisor).to(wide)
+    if loss is not None:
+        sums = student_scale**2 * sums
+        loss.copy_(sums if reduction == "none" else sums.sum() / divisor)
 
 
 @torch.library.register_fake("kdfast::attention_mse_forward", lib=registry.library)
-def _(student_query: Tensor, student_key: Tensor, *args: object, reduction: str, **kwargs: object):
-    shape = student_query.shape[:1] if reduction == "none" else ()
-    wide = wide_dtype(student_query.dtype, student_key.dtype)
-    return student_query.new_empty(shape, dtype=wide)
+def _(*args: object, **settings: object) -> None:
+    return None
 
 
 class _AttentionMSE(torch.autograd.Function):
@@ -497,11 +501,17 @@ class _AttentionMSE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings, needed, *inputs):
         ctx.settings, ctx.needed = settings, needed
-        # A float16 gradient waits for the backward pass: a loss scale of 65536 must reach it before
-        # it is rounded.
-        ctx.deferred = torch.float16 in (inputs[0].dtype, inputs[1].dtype)
+        # A half-precision gradient waits for the backward pass: it is rounded once, with the
+        # incoming scale inside, which may be a loss scale of 65536.
+        ctx.deferred = any(
+            need and tensor.dtype in HALF for tensor, need in zip(inputs, needed, strict=False)
+        )
         gradients = [None, None] if ctx.deferred else _gradient_buffers(inputs, needed)
-        loss = torch.ops.kdfast.attention_mse_forward(*inputs, None, *gradients, **settings)
+        student_query, student_key = inputs[:2]
+        shape = student_query.shape[:1] if settings["reduction"] == "none" else ()
+        wide = wide_dtype(student_query.dtype, student_key.dtype)
+        loss = student_query.new_empty(shape, dtype=wide)
+        torch.ops.kdfast.attention_mse_forward(*inputs, None, loss, *gradients, **settings)
         ctx.save_for_backward(*(inputs if ctx.deferred else gradients))
         ctx.inputs = len(inputs)
         return loss
@@ -512,7 +522,8 @@ class _AttentionMSE(torch.autograd.Function):
         if ctx.deferred:
             inputs = ctx.saved_tensors
             gradients = _gradient_buffers(inputs, ctx.needed)
-            torch.ops.kdfast.attention_mse_forward(*inputs, incoming, *gradients, **ctx.settings)
+            operator = torch.ops.kdfast.attention_mse_forward
+            operator(*inputs, incoming, None, *gradients, **ctx.settings)
         else:
             gradients = [
                 None if gradient is None else _scaled(gradient, incoming)

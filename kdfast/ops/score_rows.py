@@ -18,6 +18,7 @@ class _Rows:
         queries, keys: the student's and the teacher's, `[B, H, S, d]` and `[B, G, S, d]`.
         query_mask, key_mask: `[B, S]`, bool, or None; rows that do not count are 0.
         ratio: ρ.
+        by_key: whether the gradient of the student's keys is wanted.
         dtype: of the rows.
     """
 
@@ -28,17 +29,21 @@ class _Rows:
         query_mask: Tensor | None,
         key_mask: Tensor | None,
         ratio: float,
+        by_key: bool,
         dtype: torch.dtype,
     ) -> None:
         self._sources = {"queries": (*queries, query_mask), "keys": (*keys, key_mask)}
-        self.ratio, self.dtype = ratio, dtype
+        self.ratio, self.by_key, self.dtype = ratio, by_key, dtype
         self.heads, self.teacher_heads = (query.shape[1] for query in queries)
         self.width, self.teacher_width = (query.shape[-1] for query in queries)
         self._memory = {}
         self._held = {}
 
     def queries(self, samples: slice, tokens: slice) -> Tensor:
-        """Q of some tokens of some samples, valid until other tokens' are asked for."""
+        """Q of some tokens of some samples, valid until other tokens' are asked for.
+
+        Behind its `total_width` columns Q_s may follow, for `student_queries`.
+        """
         return self._rows("queries", samples, tokens)
 
     def keys(self, samples: slice, tokens: slice) -> Tensor:
@@ -62,6 +67,10 @@ class _Rows:
         """Of one sample by tiles and by Gram matrices, with or without both gradients."""
         return self.tiled_operations(length, gradients), self.gram_operations(length, gradients)
 
+    def times(self, rows: Tensor, matrix: Tensor, tokens: int) -> Tensor:
+        """Q or K · a matrix of their width, as `per_head` gives it."""
+        return self.per_head(torch.matmul(rows[..., : self.total_width], matrix), tokens)
+
     def _fresh(self, kind: str, *shape: int) -> Tensor:
         """Memory of a call, used again for each block: fresh pages cost more than the copy."""
         size = math.prod(shape)
@@ -77,7 +86,8 @@ class PairedRows(_Rows):
 
     Q = [Q_s, −ρ Q_t] and K = [K_s, K_t]. Where both heads have one size, Q = [Q_s − ρ Q_t, ρ Q_t]
     and K = [K_s, K_s − K_t]: the same product, but a student that is close to its teacher has small
-    parts, where the first form has large ones that cancel.
+    parts, where the first form has large ones that cancel. For Eᵀ Q_s, Q_s stands beside this Q:
+    where the student is smaller than its teacher, the sum of Q's parts cancels.
 
     Query heads that share the key heads of both models are a group, and rows of one matrix: Q is
     `[samples · matrices, group · tokens, D]`, K `[samples · matrices, tokens, D]`.
@@ -89,25 +99,36 @@ class PairedRows(_Rows):
         self.matrices = self.heads // self.group
         self.total_width = self.width + self.teacher_width
         self.differences = self.width == self.teacher_width
+        beside = self.width if self.differences and self.by_key else 0
+        self._query_width = self.total_width + beside
 
     def bytes_per_token(self) -> int:
-        return (self.heads + self.matrices) * self.total_width * self.dtype.itemsize
+        queries, keys = self.heads * self._query_width, self.matrices * self.total_width
+        return (queries + keys) * self.dtype.itemsize
 
     def gram_operations(self, length: int, gradients: bool) -> int:
         gram = self.width * self.total_width + self.teacher_width**2
         gradient = gradients * self.total_width * self.width
-        return 2 * length * (self.heads + self.matrices) * (gram + gradient)
+        beside = self.heads * self.total_width * (self._query_width - self.total_width)
+        return 2 * length * ((self.heads + self.matrices) * (gram + gradient) + beside)
 
     def tiled_operations(self, length: int, gradients: bool) -> int:
         return 2 * length**2 * self.heads * (self.total_width + 2 * gradients * self.width)
 
     def _joined(self, kind: str, student: Tensor, teacher: Tensor) -> Tensor:
         count, _, length, _ = student.shape
-        heads = self.heads if kind == "queries" else self.matrices
-        rows = self._fresh(kind, count, heads, length, self.total_width)
-        of_student, of_teacher = rows.split((self.width, self.teacher_width), dim=-1)
-        for part, source in ((of_student, student), (of_teacher, teacher)):
+        if kind == "queries":
+            heads, width = self.heads, self._query_width
+        else:
+            heads, width = self.matrices, self.total_width
+        rows = self._fresh(kind, count, heads, length, width)
+        beside = width - self.total_width
+        *parts, again = rows.split((self.width, self.teacher_width, beside), dim=-1)
+        of_student, of_teacher = parts
+        for part, source in zip(parts, (student, teacher), strict=True):
             part.unflatten(1, (source.shape[1], -1)).copy_(source.unsqueeze(2))
+        if beside:
+            again.copy_(of_student)
         if kind == "keys":
             if self.differences:
                 torch.sub(of_student, of_teacher, out=of_teacher)
@@ -123,7 +144,7 @@ class PairedRows(_Rows):
         return mask[:, None, :, None]
 
     def _as_matrices(self, rows: Tensor) -> Tensor:
-        return rows.view(rows.shape[0] * self.matrices, -1, self.total_width)
+        return rows.view(rows.shape[0] * self.matrices, -1, rows.shape[-1])
 
     def weighed(self, gram: Tensor) -> Tensor:
         """Of KᵀK (QᵀQ), what Σ E² and Q's (K's) gradient multiply QᵀQ and Q (KᵀK and K) with."""
@@ -134,9 +155,8 @@ class PairedRows(_Rows):
         return matrix[..., : self.width]
 
     def student_queries(self, matrix: Tensor) -> Tensor:
-        """From `matrix` · Q to `matrix` · Q_s."""
-        of_student = matrix[..., : self.width]
-        return of_student + matrix[..., self.width :] if self.differences else of_student
+        """From `matrix` · Q, and what stands beside Q, to `matrix` · Q_s."""
+        return matrix[..., -self.width :] if self.differences else matrix[..., : self.width]
 
     def per_head(self, rows: Tensor, tokens: int) -> Tensor:
         """From rows like Q's or K's, of the student's width, to `[samples, heads, tokens, d_s]`."""
@@ -145,7 +165,7 @@ class PairedRows(_Rows):
 
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
         """E, `[samples, H_s, queries, keys]`."""
-        tile = torch.bmm(queries, keys.mT)
+        tile = torch.bmm(queries[..., : self.total_width], keys.mT)
         shape = len(tile) // self.matrices, self.heads, -1, keys.shape[1]
         return tile.view(shape)
 
