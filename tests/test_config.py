@@ -419,6 +419,13 @@ def test_a_disk_that_is_full_at_the_end_is_one_line(settings, distill, monkeypat
     assert "No space left on device" in capsys.readouterr().err
 
 
+def test_a_student_alone_has_had_no_teacher(settings, distill, capsys):
+    chain = staged(settings)
+    chain["stages"][1] |= {"report": True, "student_alone": True}
+    assert distill(chain) == 2
+    assert "with a student that has had a teacher" in capsys.readouterr().err
+
+
 def test_stages_hand_their_student_on(settings, distill, tmp_path):
     assert distill(staged(settings)) == 0
     general, prediction = (tmp_path / "out" / name for name in ("general", "prediction"))

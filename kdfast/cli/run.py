@@ -232,6 +232,10 @@ class Run:
             )
         if settings.student_alone and not settings.report:
             raise CommandError("--student-alone is for --report")
+        if settings.student_alone and settings.follows is not None:
+            raise CommandError(
+                "--student-alone begins where the stage does, with a student that has had a teacher"
+            )
         if settings.report:
             need("--report", "matplotlib", extra="report")
             if teachers != 1:
