@@ -421,8 +421,9 @@ def test_a_disk_that_is_full_at_the_end_is_one_line(settings, distill, monkeypat
 
 def test_a_student_alone_has_had_no_teacher(settings, distill, capsys):
     chain = staged(settings)
-    chain["stages"][1] |= {"report": True, "student_alone": True}
-    assert distill(chain) == 2
+    first, second = chain["stages"]
+    second = {**second, "report": True, "student_alone": True}
+    assert distill({**chain, "stages": [first, second]}) == 2
     assert "with a student that has had a teacher" in capsys.readouterr().err
 
 

@@ -232,7 +232,7 @@ class Run:
             )
         if settings.student_alone and not settings.report:
             raise CommandError("--student-alone is for --report")
-        if settings.student_alone and settings.follows is not None:
+        if settings.student_alone and self.former is not None:
             raise CommandError(
                 "--student-alone begins where the stage does, with a student that has had a teacher"
             )
