@@ -71,7 +71,8 @@ class BuildWithCMake(build_ext):
         subprocess.run(["cmake", "--build", str(build)], check=True)
 
 
-if _setting("KDFAST_BUILD_CPP") == "0" and _setting("KDFAST_BUILD_CUDA") == "1":
+# Both are read whatever is then built, so that a wrong one is an error at once.
+if (_setting("KDFAST_BUILD_CPP"), _setting("KDFAST_BUILD_CUDA")) == ("0", "1"):
     raise SystemExit("KDFAST_BUILD_CUDA=1 needs the C++ extension, and KDFAST_BUILD_CPP is 0")
 
 setup(

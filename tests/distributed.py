@@ -59,6 +59,14 @@ def _work(queue, folder: str, rank: int, ranks: int, function: Callable, argumen
             dist.destroy_process_group()
 
 
+# Threads of gloo may outlive the process group, and the end of the interpreter aborts on them.
+END = """
+import os, sys
+sys.stderr.flush()
+os._exit(0)
+"""
+
+
 def start_two(script: str, folder: Path, *arguments: str) -> list[subprocess.Popen]:
     """The script in two processes as `torchrun` starts them, its first argument the folder."""
     with socket.socket() as free:
@@ -66,7 +74,7 @@ def start_two(script: str, folder: Path, *arguments: str) -> list[subprocess.Pop
         port = free.getsockname()[1]
     return [
         subprocess.Popen(
-            [sys.executable, "-c", script, str(folder), *arguments],
+            [sys.executable, "-c", script + END, str(folder), *arguments],
             cwd=folder,
             env={
                 **os.environ,
