@@ -19,7 +19,6 @@ $(VENV)/installed: $(SOURCES) | $(BIN)/python
 
 demo: $(VENV)/installed
 	$(BIN)/python bench/demo.py
-	$(BIN)/python bench/demo_tinybert.py
 
 # A process per core, whose threads do not spin while they wait for each other. The Triton interpreter is chosen when a
 # process first imports a kernel, so its tests have processes of their own.
