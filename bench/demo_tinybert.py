@@ -1,4 +1,4 @@
-"""TinyBERT's stages on real text, in minutes and without a download: `make demo`'s second half.
+"""TinyBERT's stages on real text, in minutes and without a download.
 
 The task is to tell which of eight packages of Python's library a function is from, by the first
 lines of its body. A BERT is pre-trained on the library's functions and fine-tuned on the task. Its
