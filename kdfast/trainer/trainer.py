@@ -119,8 +119,8 @@ class DistillationTrainer(WholeCheckpoints):
         if isinstance(teacher, Sequence):
             teacher = Ensemble(teacher, vocab_size=vocab_size)
         super().__init__(*args, **kwargs)
-        # Of another training, which was not finished: no part of a student.
-        vars(self.model)["_modules"].pop(PROJECTIONS, None)
+        # Of another training, which was not finished.
+        self._detach_projections()
         self._check_loss_is_ours(teacher)
         if teacher_tokenizer is not None and self.processing_class is not None:
             check_same_vocabulary(self.processing_class, teacher_tokenizer)
@@ -256,13 +256,16 @@ class DistillationTrainer(WholeCheckpoints):
             # A submodule, for whatever optimises or wraps the student's parameters.
             self.model.add_module(PROJECTIONS, self.projections)
 
+    def _detach_projections(self) -> None:
+        # They are no part of a student.
+        self.model._modules.pop(PROJECTIONS, None)
+
     def train(self, *args: object, **kwargs: object) -> TrainOutput:
         self._attach_projections()
         try:
             return super().train(*args, **kwargs)
         finally:
-            # What was trained is the student.
-            vars(self.model)["_modules"].pop(PROJECTIONS, None)
+            self._detach_projections()
 
     def _take_from(self, cache: TeacherCache) -> None:
         """Batches with the cache's rows, and an objective that fits them."""
