@@ -7,6 +7,7 @@ else changes: no configuration and no name of an implementation, after which tra
 the masks, so that outputs are the same to the bit.
 """
 
+import functools
 import inspect
 import threading
 import types
@@ -279,6 +280,8 @@ class _Capture:
             )
 
 
+# A trainer asks of every module at every step, and the answer is in the class's code.
+@functools.cache
 def _looks_up(cls: type, interface: type) -> bool:
     """Whether a method of a module class calls `get_interface` of a global `interface`."""
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:

@@ -106,7 +106,7 @@ class Step:
         self.fuse_head = fuse_head
         self.heads: Heads | None = None
         self._heads_of: nn.Module | None = None
-        self._unwrap = unwrap
+        self._unwrap = _remembering(unwrap)
         self._device = device
 
     def __call__(
@@ -405,6 +405,19 @@ class Step:
             "for padding. Pass vocab_size to say so yourself."
         )
         return narrower
+
+
+def _remembering(unwrap: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """Remembers the last model: accelerate looks through all of its modules for compiled ones."""
+    last: tuple[nn.Module, nn.Module] | None = None
+
+    def remembered(model: nn.Module) -> nn.Module:
+        nonlocal last
+        if last is None or last[0] is not model:
+            last = model, unwrap(model)
+        return last[1]
+
+    return remembered
 
 
 @contextmanager
