@@ -421,9 +421,12 @@ def test_a_term_without_a_share(alpha, assert_swept, swept):
     labels = torch.tensor([4, 199])
     assert_swept(student, teacher, labels, None, 2.0, alpha=alpha)
     teacher[:, :, :100] = -math.inf
-    losses, *_ = swept(student, teacher, labels, alpha=0.0, divergence="reverse_kl")
+    losses, gradient, _, expected_gradient = swept(
+        student, teacher, labels, alpha=0.0, divergence="reverse_kl"
+    )
     assert losses[0].isfinite().all()
     assert (losses[1] == math.inf).all()
+    assert relative_error(gradient, expected_gradient) <= GRADIENT[torch.float32]
 
 
 def test_only_the_loss(swept):

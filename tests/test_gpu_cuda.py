@@ -20,20 +20,17 @@ from test_gpu import (  # noqa: F401
     test_a_loss_scale_keeps_small_float16_gradients,
     test_a_retained_graph_gives_the_gradient_again,
     test_compiles_whole_and_with_dynamic_shapes,
-    test_cuda_graph,
     test_incoming_gradients,
     test_large_logits_and_extreme_temperatures,
     test_matches_reference,
     test_no_memory_of_the_logits_size_but_the_gradient,
     test_no_probability_and_nan,
-    test_nothing_waits_for_the_device,
     test_opcheck,
     test_overwriting_the_students_logits,
     test_past_two_to_the_31_elements,
     test_same_bits_every_run,
     test_small_vocabularies,
     test_stays_exact_as_the_student_converges,
-    test_the_device_of_the_tensors_is_used,
     test_views_padding_and_ignored_rows,
 )
 from tolerances import assert_gradient_close, assert_loss_close
@@ -181,19 +178,30 @@ def test_only_the_loss():
             assert torch.equal(kdfast.kd_loss(student, teacher, divergence=divergence), loss)
 
 
-def test_two_streams():
-    student, teacher = (logits(512, 50257, dtype=torch.bfloat16) for _ in range(2))
-    expected = loss_and_gradient(student, teacher)
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    results = []
-    for stream in streams:
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            results.append(loss_and_gradient(student, teacher))
-    torch.cuda.synchronize()
-    for loss, gradient in results:
-        assert torch.equal(loss, expected[0])
-        assert torch.equal(gradient, expected[1])
+@pytest.mark.parametrize("blocks", [1, 4, 16])
+def test_a_label_in_any_block(blocks, of_blocks):
+    """The block that has the label writes the losses, while others write the gradient over it."""
+    of_blocks(blocks)
+    vocab = 50257
+    student, teacher = (logits(16, vocab, dtype=torch.bfloat16) for _ in range(2))
+    labels = torch.linspace(0, vocab - 1, 16, device="cuda").long()
+    options = {"alpha": 0.5, "temperature": 2.0}
+    expected, expected_gradient = oracle(student, teacher, labels, **options)
+    for overwrite in (False, True):
+        loss, gradient = loss_and_gradient(
+            student, teacher, labels, overwrite_student_logits=overwrite, **options
+        )
+        assert_loss_close(loss, expected, torch.bfloat16)
+        assert_gradient_close(gradient, expected_gradient)
+
+
+def test_a_term_without_a_share_may_be_infinite():
+    student, teacher = logits(4, 1003), logits(4, 1003)
+    teacher[:, :100] = -math.inf
+    labels = some_labels(4, vocab=1003)
+    loss, gradient = loss_and_gradient(student, teacher, labels, divergence="reverse_kl", alpha=0.0)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
 
 
 def test_linear_kd_loss_takes_it(monkeypatch):

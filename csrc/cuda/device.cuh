@@ -14,7 +14,9 @@ namespace kdfast {
 constexpr int kThreads = 256;
 constexpr int kLanes = 32;
 
-// At 80 registers a thread. While one block waits for its cluster, the others read and write.
+// While one block waits for its cluster, the others of its multiprocessor read and write: as many
+// as have room at 64 registers a thread, and the shared memory of a block is chosen for so many.
+constexpr int kMostBlocksPerMultiprocessor = 4;
 constexpr int kBlocksPerMultiprocessor = 3;
 
 using bfloat16 = __nv_bfloat16;
@@ -23,6 +25,17 @@ using float16 = __half;
 KDFAST_DEVICE float to_float(float x) { return x; }
 KDFAST_DEVICE float to_float(bfloat16 x) { return __bfloat162float(x); }
 KDFAST_DEVICE float to_float(float16 x) { return __half2float(x); }
+
+// The two elements of a word, the one in its lower half first.
+KDFAST_DEVICE void unpack(uint32_t word, float& first, float& second, bfloat16) {
+  first = __uint_as_float(word << 16);
+  second = __uint_as_float(word & 0xffff0000u);
+}
+KDFAST_DEVICE void unpack(uint32_t word, float& first, float& second, float16) {
+  const float2 both = __half22float2(reinterpret_cast<const __half2&>(word));
+  first = both.x;
+  second = both.y;
+}
 
 // Rounded to nearest even.
 KDFAST_DEVICE void round_to(float value, float& out) { out = value; }
@@ -72,44 +85,25 @@ KDFAST_DEVICE T shuffle_xor(T value, int mask) {
 
 KDFAST_DEVICE void sync_block() { __syncthreads(); }
 
-// The barrier of a cluster. What a thread wrote before it arrives, in whatever block's shared
-// memory, others see once they have waited. Not `.aligned`: nothing says that a warp converged.
+// The barrier of a cluster, by which its blocks know that all of them have begun, and that their
+// copy barriers are initialised. Not `.aligned`: nothing says that a warp converged.
 KDFAST_DEVICE void arrive_at_cluster() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-}
-// The same of a thread that has written nothing for others.
-KDFAST_DEVICE void announce_to_cluster() {
+  // Relaxed: published copy barriers are all that others may see of what a thread wrote before. To
+  // release the rest would wait for all that it has written to global memory.
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
 KDFAST_DEVICE void wait_for_cluster() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// *place = value, where `place` is in this block's shared memory and the write goes to the same
-// place in the shared memory of the block `rank` of the cluster.
-template <class T>
-KDFAST_DEVICE void store_in_block(T* place, const T& value, int rank) {
-  static_assert(sizeof(T) % 16 == 0 && alignof(T) == 16, "whole 16-byte stores");
-  uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(address)
-      : "r"(shared_address(place)), "r"(rank));
-  const uint4* words = reinterpret_cast<const uint4*>(&value);
-#pragma unroll
-  for (int i = 0; i < int(sizeof(T) / 16); ++i)
-    asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address + 16 * i),
-                 "r"(words[i].x), "r"(words[i].y), "r"(words[i].z), "r"(words[i].w)
-                 : "memory");
-}
-
-// Bulk copies and the barriers that count their bytes. Each barrier is used for one phase.
+// Barriers that count the bytes of copies. Each is used for one phase.
 using CopyBarrier = uint64_t;
 
 KDFAST_DEVICE void initialise(CopyBarrier* barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// Barriers are initialised by ordinary writes: the copy engine must see them.
+// Barriers are initialised by ordinary writes: the copy engine and the other blocks must see them.
 KDFAST_DEVICE void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -133,12 +127,47 @@ KDFAST_DEVICE void copy_to_shared(char* shared, const char* global, int bytes,
       : "memory");
 }
 
+// *place = value in the block `rank` of the cluster, where `place` and `barrier` are in this
+// block's shared memory and stand for the same places there. The write counts as a copy of its
+// bytes.
+template <class T>
+KDFAST_DEVICE void send_to_block(T* place, const T& value, int rank, CopyBarrier* barrier) {
+  static_assert(sizeof(T) % 16 == 0 && alignof(T) == 16, "whole 16-byte stores");
+  uint32_t address, remote_barrier;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(shared_address(place)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(remote_barrier)
+      : "r"(shared_address(barrier)), "r"(rank));
+  const uint4* words = reinterpret_cast<const uint4*>(&value);
+#pragma unroll
+  for (int i = 0; i < int(sizeof(T) / 16); ++i)
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
+        "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(address + 16 * i),
+        "r"(words[i].x), "r"(words[i].y), "r"(words[i].z), "r"(words[i].w), "r"(remote_barrier)
+        : "memory");
+}
+
 KDFAST_DEVICE void wait_for_copies(CopyBarrier* barrier) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(shared_address(barrier))
+      : "memory");
+}
+
+// The same for what other blocks send. It also forgets what L1 holds, which copies do not ask for.
+KDFAST_DEVICE void wait_for_blocks(CopyBarrier* barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
       "@!done bra again;\n"
       "}\n" ::"r"(shared_address(barrier))
       : "memory");

@@ -54,20 +54,22 @@ cudaError_t lift_limits(Kernel kernel, int device) {
   return error;
 }
 
-// The device of a scope, for this copy of the CUDA runtime.
+// The device of a scope, for this copy of the CUDA runtime. Where it is the current one nothing is
+// set: to set a device makes a context on it.
 class OnDevice {
  public:
-  explicit OnDevice(int device) {
+  explicit OnDevice(int device) : device_(device) {
     error = cudaGetDevice(&before_);
-    if (error == cudaSuccess) error = cudaSetDevice(device);
+    if (error == cudaSuccess && before_ != device_) error = cudaSetDevice(device_);
   }
   ~OnDevice() {
-    if (error == cudaSuccess) cudaSetDevice(before_);
+    if (error == cudaSuccess && before_ != device_) cudaSetDevice(before_);
   }
   OnDevice(const OnDevice&) = delete;
   cudaError_t error;
 
  private:
+  int device_;
   int before_ = 0;
 };
 

@@ -70,6 +70,7 @@ struct alignas(16) TermSums {
 // Every warp of the cluster leaves what it knows in every block.
 struct Exchange {
   CopyBarrier arrived[kMostChunks];
+  CopyBarrier statistics_arrived, terms_arrived;
   Statistics statistics[kMostClusterBlocks * kWarps];
   TermSums terms[kMostClusterBlocks * kWarps];
 };
@@ -144,13 +145,16 @@ KDFAST_DEVICE Piece piece_of(const Side& side, int chunk) {
   return {begin * bytes_of(dtype), max(0, end - begin) * bytes_of(dtype)};
 }
 
+// A warp's part of the copies: each chunk is asked for by one thread, with a barrier of its own.
 template <Elements E>
 KDFAST_DEVICE void copy_chunks(const Side& student, const Side& teacher, int chunks,
                                CopyBarrier* arrived) {
-  for (int chunk = 0; chunk < chunks; ++chunk) initialise(arrived + chunk);
-  publish_barriers();
-  for (int chunk = 0; chunk < chunks; ++chunk) {
+  if (thread_index() % kLanes != 0) return;
+#pragma unroll 1
+  for (int chunk = thread_index() / kLanes; chunk < chunks; chunk += kWarps) {
     const Piece s = piece_of<E>(student, chunk), t = piece_of<E>(teacher, chunk);
+    initialise(arrived + chunk);
+    publish_barriers();
     expect_bytes(arrived + chunk, s.bytes + t.bytes);
     if (s.bytes > 0)
       copy_to_shared(student.staged + s.begin, student.boundary + s.begin, s.bytes,
@@ -169,15 +173,18 @@ struct alignas(N * sizeof(T)) Packed {
 template <class T, int N>
 KDFAST_DEVICE void load_elements(const char* staged, int column, bool aligned, float (&out)[N]) {
   const T* first = reinterpret_cast<const T*>(staged) + column;
-  Packed<T, N> packed;
-  if (aligned) {
-    packed = *reinterpret_cast<const Packed<T, N>*>(first);
-  } else {
+  if (!aligned) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) packed.elements[i] = first[i];
+    for (int i = 0; i < N; ++i) out[i] = to_float(first[i]);
+  } else if constexpr (sizeof(T) == 4) {
+    const auto packed = *reinterpret_cast<const Packed<T, N>*>(first);
+#pragma unroll
+    for (int i = 0; i < N; ++i) out[i] = packed.elements[i];
+  } else if constexpr (N % 2 == 0) {  // A single element is read as if it were not aligned.
+    const auto packed = *reinterpret_cast<const Packed<uint32_t, N / 2>*>(first);
+#pragma unroll
+    for (int i = 0; i < N; i += 2) unpack(packed.elements[i / 2], out[i], out[i + 1], T());
   }
-#pragma unroll
-  for (int i = 0; i < N; ++i) out[i] = to_float(packed.elements[i]);
 }
 
 template <Elements E, int N>
@@ -269,12 +276,25 @@ struct Scales {
   float student, teacher;
 };
 
+// The maximum goes before the scaling, whose product a low temperature makes large.
+KDFAST_DEVICE float exponent_of(float logit, float max, float scale) {
+  return (logit - max) * scale;
+}
+
+template <int N>
+KDFAST_DEVICE float sum_of_exponentials(const float (&logits)[N], float max) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < N; ++i) sum += exp2_flushed(exponent_of(logits[i], max, kLog2E));
+  return sum;
+}
+
 // The statistics once their maxima are raised to these.
 template <Divergence D>
 KDFAST_DEVICE Statistics raised(const Statistics& from, float student_max, float teacher_max,
                                 Scales scales) {
-  const float student_shift = (from.student_max - student_max) * scales.student;
-  const float teacher_shift = (from.teacher_max - teacher_max) * scales.teacher;
+  const float student_shift = exponent_of(from.student_max, student_max, scales.student);
+  const float teacher_shift = exponent_of(from.teacher_max, teacher_max, scales.teacher);
   const float student_decay = exp2_flushed(student_shift);
   const float teacher_decay = exp2_flushed(teacher_shift);
   Statistics to;
@@ -288,7 +308,7 @@ KDFAST_DEVICE Statistics raised(const Statistics& from, float student_max, float
         rebased_dot(from.dot, float(from.student_sum), student_decay, student_shift, teacher_shift);
   to.student_sum = from.student_sum * student_decay;
   to.teacher_sum = from.teacher_sum * teacher_decay;
-  to.hard_sum = from.hard_sum * exp2_flushed((from.student_max - student_max) * kLog2E);
+  to.hard_sum = from.hard_sum * exp2_flushed(exponent_of(from.student_max, student_max, kLog2E));
   return to;
 }
 
@@ -312,10 +332,11 @@ KDFAST_DEVICE Statistics joined_in_warp(const Statistics& mine, Scales scales) {
 
 // Leaves what a warp knows in every block of the cluster: a lane writes to a block.
 template <class T>
-KDFAST_DEVICE void publish(T* places, const T& of_warp, int rank, int blocks) {
+KDFAST_DEVICE void publish(T* places, const T& of_warp, int rank, int blocks,
+                           CopyBarrier* arrived) {
   const int lane = thread_index() % kLanes;
   if (lane < blocks)
-    store_in_block(places + rank * kWarps + thread_index() / kLanes, of_warp, lane);
+    send_to_block(places + rank * kWarps + thread_index() / kLanes, of_warp, lane, arrived);
 }
 
 // The whole row's. Every warp joins what all have left, in one order: the same bits everywhere.
@@ -431,16 +452,15 @@ KDFAST_DEVICE Terms terms_of(float p, float q, float gap, const Mixture& mixture
 // One cluster per row, and a share of the row's columns per block. Bulk copies bring the share of
 // both sides into shared memory, where it stays; it is swept
 //
-//   1. as its chunks arrive, for max and Σ exp of both sides; for the plain KLs with the dot
-//   product
-//      Σ exp · (difference of the scaled logits), which makes the loss. The blocks exchange them;
-//   2. for Σ f and Σ g of the other divergences, which the blocks exchange too;
+//   1. as its chunks arrive, for max and Σ exp of both sides, and for what makes the loss of the
+//      plain KLs: Σ exp · (difference of the scaled logits). The blocks send one another theirs;
+//   2. for Σ f and Σ g of the other divergences, which the blocks send too;
 //   3. for g − q · Σ g, if a gradient is wanted. Σ g is −1 for forward KL and Σ f for reverse KL.
 //
 // Traffic: one read of both rows and one write of the gradient. The blocks of other clusters on the
 // same multiprocessor read and write while this one waits.
 template <Divergence D, Elements E>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kMostBlocksPerMultiprocessor)
     kd_loss_kernel(const __grid_constant__ ClusterKdLoss call, int span) {
   constexpr bool kPlainKl = D == Divergence::kForwardKl || D == Divergence::kReverseKl;
   constexpr int N = kWindow<E>;
@@ -448,12 +468,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const int64_t row = block_index() / blocks;
   const int64_t outer = row / call.inner_rows, inner = row % call.inner_rows;
   const int vocab = call.vocab_size;
-  const bool leads = rank == 0 && thread_index() == 0;
   char* gradient_row = call.gradient.data ? row_of(call.gradient, outer, inner) : nullptr;
 
   const int64_t label = call.labels ? call.labels[row] : 0;
   if (call.labels && label == call.ignore_index) {
-    if (leads)
+    if (rank == 0 && thread_index() == 0)
       for (int part = 0; part < 3; ++part) call.losses[part * call.rows + row] = 0;
     if (gradient_row) zero_columns(gradient_row, call.gradient.dtype, 0, call.width, rank, blocks);
     return;
@@ -470,21 +489,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const Side teacher =
       side_of(teacher_row, teacher_type, share, staged + side_bytes(span, bytes_of(student_type)));
   const int chunks = (max(student.end, teacher.end) + kChunkColumns - 1) / kChunkColumns;
-  if (thread_index() == 0) copy_chunks<E>(student, teacher, chunks, exchange.arrived);
-  // The others' shared memory is written to once all of them have begun.
-  announce_to_cluster();
+  copy_chunks<E>(student, teacher, chunks, exchange.arrived);
+  if (thread_index() == 0) {
+    initialise(&exchange.statistics_arrived);
+    initialise(&exchange.terms_arrived);
+    publish_barriers();
+    expect_bytes(&exchange.statistics_arrived, blocks * kWarps * int(sizeof(Statistics)));
+    expect_bytes(&exchange.terms_arrived, kPlainKl ? 0 : blocks * kWarps * int(sizeof(TermSums)));
+  }
+  arrive_at_cluster();
   stage_edges<E>(student);
   stage_edges<E>(teacher);
 
-  float label_logit = NAN;
-  if (call.need_hard && leads && label >= 0 && label < vocab) {
-    // Read before the gradient overwrites it. A label outside the vocabulary makes its row NaN.
-    const char* at_label = student_row + label * bytes_of(student_type);
-    label_logit = student_type == DType::kFloat32 ? *reinterpret_cast<const float*>(at_label)
-                  : student_type == DType::kBFloat16
-                      ? to_float(*reinterpret_cast<const bfloat16*>(at_label))
-                      : to_float(*reinterpret_cast<const float16*>(at_label));
-  }
   const float temperature = value_at(call.temperature, row);
   const Scales scales = {divide(kLog2E, temperature),
                          divide(kLog2E, value_at(call.teacher_temperature, row))};
@@ -504,11 +520,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   Statistics mine;
   {
     float student_sum = 0, teacher_sum = 0;
-    int seen = 0;
+    const int reach = N + max(skew, 0), columns = max(student.end, teacher.end);
+    CopyBarrier* next = exchange.arrived;
+    int arrived = 0;
     for (int window = thread_index(); window < windows; window += kThreads) {
-      const int last = window * N + N - 1 + max(skew, 0);
-      const int needed = min(last / kChunkColumns + 1, chunks);
-      for (; seen < needed; ++seen) wait_for_copies(exchange.arrived + seen);
+      const int needed = min(window * N + reach, columns);
+#pragma unroll 1
+      for (; arrived < needed; arrived += kChunkColumns) wait_for_copies(next++);
       float s[N], t[N];
       load_pair(window, s, t);
 
@@ -518,8 +536,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
         student_max = fmaxf(student_max, s[i]);
         teacher_max = fmaxf(teacher_max, t[i]);
       }
-      const float student_shift = (mine.student_max - student_max) * scales.student;
-      const float teacher_shift = (mine.teacher_max - teacher_max) * scales.teacher;
+      const float student_shift = exponent_of(mine.student_max, student_max, scales.student);
+      const float teacher_shift = exponent_of(mine.teacher_max, teacher_max, scales.teacher);
       const float student_decay = exp2_flushed(student_shift);
       const float teacher_decay = exp2_flushed(teacher_shift);
       if (D == Divergence::kForwardKl)
@@ -527,28 +545,38 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       if (D == Divergence::kReverseKl)
         mine.dot = rebased_dot(mine.dot, student_sum, student_decay, student_shift, teacher_shift);
 
-      float student_part = 0, teacher_part = 0, dot_part = 0, hard_part = 0;
+      float student_part = 0, teacher_part = 0, dot_part = 0;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        // The maximum goes before the scaling, whose product a low temperature makes large.
-        const float from_max = s[i] - student_max;
-        const float x = from_max * scales.student;
-        const float y = (t[i] - teacher_max) * scales.teacher;
+        const float x = exponent_of(s[i], student_max, scales.student);
+        const float y = exponent_of(t[i], teacher_max, scales.teacher);
         const float student_exp = exp2_flushed(x);
         const float teacher_exp = exp2_flushed(y);
         student_part += student_exp;
         teacher_part += teacher_exp;
-        // exp > 0: a logit of -inf contributes 0, not 0 * inf.
-        if (D == Divergence::kForwardKl) dot_part += teacher_exp > 0 ? teacher_exp * (y - x) : 0.f;
-        if (D == Divergence::kReverseKl) dot_part += student_exp > 0 ? student_exp * (x - y) : 0.f;
-        if (hard_exponentials) hard_part += exp2_flushed(from_max * kLog2E);
+        if (D == Divergence::kForwardKl) dot_part = fmaf(teacher_exp, y - x, dot_part);
+        if (D == Divergence::kReverseKl) dot_part = fmaf(student_exp, x - y, dot_part);
+      }
+      // NaN: there is a logit of -inf, which contributes 0 and not 0 * inf. To begin again is rare;
+      // to ask in every column would cost a tenth of the sweep.
+      if (kPlainKl && dot_part != dot_part) {
+        dot_part = 0;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          const float x = exponent_of(s[i], student_max, scales.student);
+          const float y = exponent_of(t[i], teacher_max, scales.teacher);
+          const float weight = exp2_flushed(D == Divergence::kForwardKl ? y : x);
+          const float gap = D == Divergence::kForwardKl ? y - x : x - y;
+          dot_part += weight > 0 ? weight * gap : 0.f;
+        }
       }
       mine.dot += dot_part;
-      student_sum = student_sum * student_decay + student_part;
-      teacher_sum = teacher_sum * teacher_decay + teacher_part;
+      student_sum = fmaf(student_sum, student_decay, student_part);
+      teacher_sum = fmaf(teacher_sum, teacher_decay, teacher_part);
       if (hard_exponentials)
         mine.hard_sum =
-            mine.hard_sum * exp2_flushed((mine.student_max - student_max) * kLog2E) + hard_part;
+            fmaf(mine.hard_sum, exp2_flushed(exponent_of(mine.student_max, student_max, kLog2E)),
+                 sum_of_exponentials(s, student_max));
       mine.student_max = student_max;
       mine.teacher_max = teacher_max;
     }
@@ -556,10 +584,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     mine.teacher_sum = teacher_sum;
   }
   const Statistics of_warp = joined_in_warp<D>(mine, scales);
+  // The others' shared memory is written to once all of them have begun.
   wait_for_cluster();
-  publish(exchange.statistics, of_warp, rank, blocks);
-  arrive_at_cluster();
-  wait_for_cluster();
+  publish(exchange.statistics, of_warp, rank, blocks, &exchange.statistics_arrived);
+  wait_for_blocks(&exchange.statistics_arrived);
   const Statistics all = joined_in_cluster<D>(exchange.statistics, blocks, scales);
 
   const float student_sum = float(all.student_sum), teacher_sum = float(all.teacher_sum);
@@ -570,8 +598,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
                            log2_parts(call.shares_gap)};
   // p, q and the terms of a column: after the first exchange, the same in each of the sweeps.
   const auto column_terms = [&](float s, float t, float& q) {
-    const float x = (s - all.student_max) * scales.student;
-    const float y = (t - all.teacher_max) * scales.teacher;
+    const float x = exponent_of(s, all.student_max, scales.student);
+    const float y = exponent_of(t, all.teacher_max, scales.teacher);
     q = exp2_flushed(x) * q_weight;
     return terms_of<D>(exp2_flushed(y) * p_weight, q, x - y + log2_ratio, mixture);
   };
@@ -597,9 +625,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
         g_part += terms.g;
       }
     }
-    publish(exchange.terms, joined_in_warp(TermSums{f_part, g_part}), rank, blocks);
-    arrive_at_cluster();
-    wait_for_cluster();
+    publish(exchange.terms, joined_in_warp(TermSums{f_part, g_part}), rank, blocks,
+            &exchange.terms_arrived);
+    wait_for_blocks(&exchange.terms_arrived);
     const TermSums sums = joined_in_cluster(exchange.terms, blocks);
     // Comparisons swallow a NaN. The sums keep it, and are 0 for a row of -inf.
     const bool valid = student_sum > 0 && teacher_sum > 0;
@@ -609,12 +637,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
   const float weight = value_at(call.token_weight, row);
   const float t2 = call.scale_t2 ? temperature * temperature : 1.f;
-  if (leads) {
+  // The label's place among the block's columns, counted as windows count, and -1 in other blocks.
+  const bool label_exists = call.need_hard && label >= 0 && label < vocab;
+  const bool label_here = label_exists && label >= share.begin && label < share.begin + share.count;
+  const int label_column = label_here ? int(label - share.begin) + student.pad : -1;
+  // Who has the label's logit writes the losses: from memory it may be gone, because others write
+  // the gradient there.
+  if (thread_index() == 0 && (label_exists ? label_here : rank == 0)) {
     // An infinite term without a share contributes 0, not 0 * inf.
     float total = call.soft_share > 0 ? call.soft_share * t2 * soft : 0.f;
     float hard = 0;
     if (call.need_hard) {
-      hard = all.student_max - label_logit + log2_of(hard_sum) * kLn2;
+      // A label outside the vocabulary makes its row NaN.
+      float at_label[1] = {NAN};
+      if (label_here) {
+        wait_for_copies(exchange.arrived + label_column / kChunkColumns);
+        load_window<E>(student, label_column, false, at_label);
+      }
+      hard = all.student_max - at_label[0] + log2_of(hard_sum) * kLn2;
       total += call.hard_share > 0 ? call.hard_share * hard : 0.f;
     }
     call.losses[row] = total * weight;
@@ -626,38 +666,58 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const float scale = weight * value_at(call.grad_scale, row);
   const float soft_scale = call.soft_share * scale * t2 / temperature;
   const float hard_scale = call.need_hard ? call.hard_share * scale : 0.f;
-  const float hard_weight = divide(1.f, hard_sum);
-  if (!(call.soft_share > 0)) g_sum = 0;
+  // Without a share the terms may be infinite, and count for nothing.
+  const bool has_soft = call.soft_share > 0;
+  const float g_share = has_soft ? g_sum * soft_scale : 0.f;
+  // Of q, of p, and of the hard term's exponentials.
+  const float q_factor = (hard_exponentials ? 0.f : hard_scale) - g_share;
+  const float student_factor = q_weight * q_factor, teacher_factor = -p_weight * soft_scale;
+  const float hard_factor = divide(hard_scale, hard_sum);
   const DType gradient_type = call.gradient.dtype;
   // Where the columns of window 0 would stand, those before the share included.
   char* gradient_window =
       gradient_row + (int64_t(share.begin) - student.pad) * bytes_of(gradient_type);
   const bool gradient_aligned =
       reinterpret_cast<uintptr_t>(gradient_window) % (N * bytes_of(gradient_type)) == 0;
-  // A row's label, counted as windows count.
-  const int64_t label_column = call.need_hard ? label - share.begin + student.pad : -1;
+  const bool gradient_like_student = gradient_aligned && gradient_type == student_type;
+  // The windows in between have no columns but the share's.
+  const int first_whole = (student.pad + N - 1) / N, whole_end = student.end / N;
+  const int label_window = label_here ? label_column / N : -1;
   for (int window = thread_index(); window < windows; window += kThreads) {
     float s[N], t[N], gradient[N];
     load_pair(window, s, t);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      float q;
-      const Terms terms = column_terms(s[i], t[i], q);
-      gradient[i] = (terms.g - q * g_sum) * soft_scale;
-      if (hard_exponentials)
-        gradient[i] += exp2_flushed((s[i] - all.student_max) * kLog2E) * hard_weight * hard_scale;
-      else if (call.need_hard)
-        gradient[i] += q * hard_scale;
+      if (D == Divergence::kForwardKl) {
+        const float x = exponent_of(s[i], all.student_max, scales.student);
+        const float y = exponent_of(t[i], all.teacher_max, scales.teacher);
+        gradient[i] = fmaf(exp2_flushed(x), student_factor, exp2_flushed(y) * teacher_factor);
+      } else {
+        float q;
+        const Terms terms = column_terms(s[i], t[i], q);
+        gradient[i] = fmaf(q, q_factor, has_soft ? terms.g * soft_scale : 0.f);
+      }
+    }
+    if (hard_exponentials) {
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        gradient[i] = fmaf(exp2_flushed(exponent_of(s[i], all.student_max, kLog2E)), hard_factor,
+                           gradient[i]);
     }
     const int first = window * N;
-    if (label_column >= first && label_column < first + N) {
+    if (window == label_window) {
 #pragma unroll
       for (int i = 0; i < N; ++i)
         if (label_column == first + i) gradient[i] -= hard_scale;
     }
     const int begin = student.pad - first, end = student.end - first;
-    store_window(gradient_window + int64_t(first) * bytes_of(gradient_type), gradient_type,
-                 gradient_aligned && begin <= 0 && end >= N, begin, end, gradient);
+    const bool whole = window >= first_whole && window < whole_end;
+    if (gradient_like_student && whole)
+      store_window(gradient_window + int64_t(first) * bytes_of(student_type), student_type, true,
+                   begin, end, gradient);
+    else
+      store_window(gradient_window + int64_t(first) * bytes_of(gradient_type), gradient_type,
+                   gradient_aligned && whole, begin, end, gradient);
   }
   zero_columns(gradient_row, gradient_type, vocab, call.width, rank, blocks);
 }

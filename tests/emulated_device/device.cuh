@@ -2,9 +2,9 @@
 // thread is a fiber, and which of those that can run does so is drawn by chance.
 //
 // It is a strict device. Shared memory begins as NaN. A bulk copy that is not aligned or leaves its
-// tensor is an error; what it copies arrives when somebody waits for it, and not before. What a
-// block writes into another's shared memory arrives when the writer arrives at the cluster's
-// barrier. Waiting for what nobody will do is an error.
+// tensor is an error. What it copies, and what a block sends to another, arrives when somebody
+// waits for it and all of it is on its way, and not before. Waiting for what nobody will do is an
+// error.
 #pragma once
 
 #include <ucontext.h>
@@ -36,11 +36,18 @@ using std::min;
 // Fewer than on a GPU: the kernel does not depend on it, and every thread costs time here.
 constexpr int kThreads = 64;
 constexpr int kLanes = 32;
-constexpr int kBlocksPerMultiprocessor = 1;
 
 inline float to_float(float x) { return x; }
 inline float to_float(bfloat16 x) { return to_real(x); }
 inline float to_float(float16 x) { return to_real(x); }
+
+template <class T>
+void unpack(uint32_t word, float& first, float& second, T) {
+  T both[2];
+  std::memcpy(both, &word, sizeof both);
+  first = to_float(both[0]);
+  second = to_float(both[1]);
+}
 
 template <class T>
 void round_to(float value, T& out) {
@@ -61,11 +68,6 @@ namespace emulation {
 constexpr int kStackBytes = 128 * 1024;
 constexpr int kWarps = kThreads / kLanes;
 
-struct Store {
-  char* place;
-  std::vector<char> bytes;
-};
-
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStackBytes);
@@ -73,17 +75,18 @@ struct Fiber {
   bool done;
   std::function<bool()> ready;
   int64_t shuffles, block_syncs, cluster_arrivals, cluster_waits;
-  std::vector<Store> stores;
 };
 
+// A bulk copy from global memory, or what another block sends.
 struct Copy {
   char* shared;
   const char* global;
+  std::vector<char> sent;
   int bytes;
 };
 
 struct BarrierState {
-  int arrivals = 0, expected = 0;
+  int arrivals = 0, expected = 0, under_way = 0;
   std::vector<Copy> copies;
   bool complete = false;
 };
@@ -140,11 +143,11 @@ inline void wait_until(std::function<bool()> ready) {
 inline void enter() {
   body();
   current->done = true;
-  if (!current->stores.empty() || current->cluster_arrivals > current->cluster_waits)
+  if (current->cluster_arrivals > current->cluster_waits)
     fail("exits between its arrival at the cluster's barrier and the wait");
   if (--here().running == 0)
     for (const auto& [address, barrier] : here().barriers)
-      if (!barrier.complete) fail("exits before its bulk copies have arrived");
+      if (!barrier.complete && barrier.expected > 0) fail("exits before its copies have arrived");
   leave();
 }
 
@@ -169,7 +172,6 @@ inline std::string run(int64_t index, int blocks, int shared_bytes, unsigned see
     fiber.done = false;
     fiber.ready = [] { return true; };
     fiber.shuffles = fiber.block_syncs = fiber.cluster_arrivals = fiber.cluster_waits = 0;
-    fiber.stores.clear();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
@@ -229,17 +231,10 @@ inline void sync_block() {
   emulation::wait_until([&block, all] { return block.arrived >= all; });
 }
 
-inline void announce_to_cluster() {
+inline void arrive_at_cluster() {
   emulation::Fiber& fiber = *emulation::current;
   if (fiber.cluster_arrivals++ != fiber.cluster_waits) emulation::fail("arrives twice, waits once");
   ++emulation::cluster.arrived;
-}
-
-inline void arrive_at_cluster() {
-  for (const auto& store : emulation::current->stores)
-    std::memcpy(store.place, store.bytes.data(), store.bytes.size());
-  emulation::current->stores.clear();
-  announce_to_cluster();
 }
 
 inline void wait_for_cluster() {
@@ -249,31 +244,34 @@ inline void wait_for_cluster() {
   emulation::wait_until([all] { return emulation::cluster.arrived >= all; });
 }
 
-template <class T>
-void store_in_block(T* place, const T& value, int rank) {
-  static_assert(sizeof(T) % 16 == 0 && alignof(T) == 16, "whole 16-byte stores");
-  emulation::Block& other = emulation::cluster.blocks[rank];
-  if (emulation::cluster.arrived < int64_t(kThreads) * cluster_blocks())
-    emulation::fail("writes into a block that may not have begun");
-  if (other.running < kThreads) emulation::fail("writes into a block that exits");
-  const int64_t offset = reinterpret_cast<char*>(place) - shared_memory();
-  if (offset < 0 || offset + int64_t(sizeof(T)) > emulation::cluster.shared_bytes)
-    emulation::fail("writes outside of shared memory");
-  const char* bytes = reinterpret_cast<const char*>(&value);
-  emulation::current->stores.push_back(
-      {other.shared + offset, std::vector<char>(bytes, bytes + sizeof(T))});
-}
-
 using CopyBarrier = uint64_t;
 
-inline void initialise(CopyBarrier* barrier) { emulation::here().barriers[barrier] = {}; }
+namespace emulation {
+
+inline BarrierState& barrier_of(Block& block, CopyBarrier* barrier) {
+  const auto found = block.barriers.find(barrier);
+  if (found == block.barriers.end()) fail("a barrier without a beginning");
+  return found->second;
+}
+
+inline void add(BarrierState& barrier, Copy copy) {
+  if (barrier.complete) fail("a copy for a barrier whose phase has ended");
+  barrier.under_way += copy.bytes;
+  barrier.copies.push_back(std::move(copy));
+}
+
+}  // namespace emulation
+
+inline void initialise(CopyBarrier* barrier) {
+  if (!emulation::here().barriers.emplace(barrier, emulation::BarrierState()).second)
+    emulation::fail("initialises a barrier twice");
+}
 inline void publish_barriers() {}
 
 inline void expect_bytes(CopyBarrier* barrier, int bytes) {
-  const auto found = emulation::here().barriers.find(barrier);
-  if (found == emulation::here().barriers.end()) emulation::fail("a barrier without a beginning");
-  if (++found->second.arrivals > 1) emulation::fail("arrives twice at a barrier of one arrival");
-  found->second.expected = bytes;
+  emulation::BarrierState& state = emulation::barrier_of(emulation::here(), barrier);
+  if (++state.arrivals > 1) emulation::fail("arrives twice at a barrier of one arrival");
+  state.expected = bytes;
 }
 
 inline void copy_to_shared(char* shared, const char* global, int bytes, CopyBarrier* barrier) {
@@ -287,22 +285,40 @@ inline void copy_to_shared(char* shared, const char* global, int bytes, CopyBarr
   for (const auto& [begin, end] : emulation::readable)
     inside = inside || (global >= begin && global + bytes <= end);
   if (!inside) emulation::fail("a bulk copy outside of its tensor");
-  emulation::here().barriers.at(barrier).copies.push_back({shared, global, bytes});
+  emulation::add(emulation::barrier_of(emulation::here(), barrier), {shared, global, {}, bytes});
+}
+
+template <class T>
+void send_to_block(T* place, const T& value, int rank, CopyBarrier* barrier) {
+  static_assert(sizeof(T) % 16 == 0 && alignof(T) == 16, "whole 16-byte stores");
+  // All have begun, and this thread has waited to know it.
+  if (emulation::cluster.arrived < int64_t(kThreads) * cluster_blocks() ||
+      emulation::current->cluster_waits == 0)
+    emulation::fail("writes into a block that may not have begun");
+  emulation::Block& other = emulation::cluster.blocks[rank];
+  if (other.running < kThreads) emulation::fail("writes into a block that exits");
+  const auto in_other = [&other](void* here) {
+    return other.shared + (static_cast<char*>(here) - shared_memory());
+  };
+  char* const shared = in_other(place);
+  if (shared < other.shared || shared + sizeof(T) > other.shared + emulation::cluster.shared_bytes)
+    emulation::fail("writes outside of shared memory");
+  const char* bytes = reinterpret_cast<const char*>(&value);
+  emulation::add(emulation::barrier_of(other, reinterpret_cast<CopyBarrier*>(in_other(barrier))),
+                 {shared, nullptr, std::vector<char>(bytes, bytes + sizeof(T)), int(sizeof(T))});
 }
 
 inline void wait_for_copies(CopyBarrier* barrier) {
-  const auto found = emulation::here().barriers.find(barrier);
-  if (found == emulation::here().barriers.end()) emulation::fail("a barrier without a beginning");
-  emulation::BarrierState& state = found->second;
-  emulation::wait_until([&state] { return state.arrivals == 1; });
+  emulation::BarrierState& state = emulation::barrier_of(emulation::here(), barrier);
+  emulation::wait_until(
+      [&state] { return state.arrivals == 1 && state.under_way >= state.expected; });
   if (state.complete) return;
-  int copied = 0;
-  for (const emulation::Copy& copy : state.copies) {
-    std::memcpy(copy.shared, copy.global, copy.bytes);
-    copied += copy.bytes;
-  }
-  if (copied != state.expected) emulation::fail("expects other bytes than are copied");
+  if (state.under_way != state.expected) emulation::fail("expects other bytes than are copied");
+  for (const emulation::Copy& copy : state.copies)
+    std::memcpy(copy.shared, copy.global ? copy.global : copy.sent.data(), copy.bytes);
   state.complete = true;
 }
+
+inline void wait_for_blocks(CopyBarrier* barrier) { wait_for_copies(barrier); }
 
 }  // namespace kdfast
