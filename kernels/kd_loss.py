@@ -335,7 +335,6 @@ def kd_loss_kernel(
             scale *= tl.load(grad_scale_ptr + row * grad_scale_stride).to(tl.float32)
         soft_scale = alpha * scale * t2 / temperature
         hard_scale = (1 - alpha) * scale
-        g_sum = tl.where(alpha > 0, g_sum, 0.0)
         for EDGE in tl.static_range(2):
             for start in range(0, vocab - interior if EDGE else interior, BLOCK_V):
                 student, teacher, columns, inside = load_pair(
@@ -347,7 +346,7 @@ def kd_loss_kernel(
                 q = tl.exp2(s) * q_weight
                 p = tl.exp2(t) * p_weight
                 f, g = divergence_terms(p, q, s - t + log2_ratio, beta, DIVERGENCE)
-                gradient = (g - q * g_sum) * soft_scale
+                gradient = tl.where(alpha > 0, (g - q * g_sum) * soft_scale, 0.0)
                 if HARD:
                     h = q
                     if HARD_EXP:

@@ -308,6 +308,26 @@ def test_alpha_takes_an_infinite_term_out(backend):
     assert kdfast.kd_loss(student, teacher, labels, alpha=1.0).isfinite()
 
 
+@pytest.mark.parametrize("divergence", reference.DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_alpha_takes_an_infinite_gradient_out(temperature, divergence, backend):
+    student, teacher, labels = logits(6, 5000), logits(6, 5000), torch.arange(6)
+    teacher[:, 3] = -math.inf
+    options = {"divergence": divergence, "temperature": temperature, "alpha": 0.0}
+    _, gradient = loss_and_gradient(student, teacher, labels, **options)
+    leaf = student.double().requires_grad_()
+    F.cross_entropy(leaf, labels).backward()
+    assert_gradient_close(gradient, leaf.grad)
+
+
+def test_the_default_device_is_not_the_tensors(backend):
+    student, teacher = logits(5, 300), logits(5, 300)
+    expected = kdfast.kd_loss(student, teacher, temperature=3.25)
+    with torch.device("meta"):
+        assert torch.equal(kdfast.kd_loss(student, teacher, temperature=3.75 - 0.5), expected)
+        assert kdfast.kd_loss(student, teacher, temperature=3.5) > 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_padding_columns_do_not_exist(dtype, backend):
     student, teacher = logits(5, 40, dtype=dtype), logits(5, 48, dtype=dtype)

@@ -289,7 +289,9 @@ void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratc
   call.losses[2 * rows + row] = Real(weight * hard);
   if (!need_gradient) return;
 
-  if (call.alpha == 0) g_sum = 0;
+  // Nor is anything that the soft term may have of infinity looked at.
+  const bool has_soft = call.alpha > 0;
+  if (!has_soft) g_sum = 0;
   const double scale = weight * call.grad_scale.at(row, 1);
   const double soft_scale = scale * call.alpha * t2 / temperature;
   const double hard_scale = call.need_hard ? scale * (1 - call.alpha) : 0;
@@ -297,13 +299,15 @@ void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratc
   for (int64_t begin = 0; begin < vocab; begin += kChunk) {
     const int64_t n = std::min(kChunk, vocab - begin);
     const int64_t chunk = begin / kChunk;
-    // Exponentials after a forward KL, probabilities after the others.
+    // The scratch has exponentials still, or probabilities.
+    const bool exponentials =
+        D == Divergence::kForwardKl || (D == Divergence::kReverseKl && !has_soft);
     double by_g = soft_scale, by_q = -soft_scale * g_sum, by_hard = 0;
     if (D == Divergence::kForwardKl) {
       by_g *= -p_weight(chunk);
       by_q *= q_weight(chunk);
     }
-    if (D == Divergence::kReverseKl) {
+    if (D == Divergence::kReverseKl && has_soft) {
       reverse_kl_terms(load(student_row, call.student.dtype, begin, n, scratch.s_buffer),
                        load(teacher_row, call.teacher.dtype, begin, n, scratch.t_buffer), n,
                        student.shift(), teacher.shift(), student.scale, teacher.scale,
@@ -314,15 +318,16 @@ void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratc
       by_hard =
           hard_scale * std::exp(double(scratch.student_shift[chunk]) - student.shift()) / hard_sum;
     } else {
-      by_q += hard_scale * (D == Divergence::kForwardKl ? q_weight(chunk) : 1);
+      by_q += hard_scale * (exponentials ? q_weight(chunk) : 1);
     }
 
-    const Combination<Real> combination{scratch.teacher.data() + begin,
-                                        scratch.student.data() + begin,
-                                        separate_hard ? scratch.hard.data() + begin : nullptr,
-                                        Real(by_g),
-                                        Real(by_q),
-                                        Real(by_hard)};
+    const Combination<Real> combination{
+        (has_soft ? scratch.teacher : scratch.student).data() + begin,
+        scratch.student.data() + begin,
+        separate_hard ? scratch.hard.data() + begin : nullptr,
+        Real(by_g),
+        Real(by_q),
+        Real(by_hard)};
     const bool has_label = hard_scale != 0 && label >= begin && label < begin + n;
     store(combination, n, has_label ? label - begin : -1, Real(hard_scale),
           gradient_row + begin * gradient_item, call.gradient.dtype);

@@ -140,31 +140,33 @@ def _cuda_rows(
 
     rows = student.shape[0] * student.shape[1]
     losses = student.new_empty((3, rows), dtype=torch.float32)
-    registry.extension().kd_loss_rows_cuda(
-        student=student_rows,
-        teacher=teacher_rows,
-        gradient=tensors.matrix(gradient),
-        rows=rows,
-        inner_rows=student.shape[1],
-        width=student.shape[2],
-        vocab_size=vocab_size,
-        labels=0 if labels is None else tensors.contiguous(labels, torch.int64),
-        ignore_index=ignore_index,
-        token_weight=row_values(token_weight),
-        temperature=row_values(temperature),
-        teacher_temperature=row_values(teacher_temperature),
-        grad_scale=row_values(grad_scale),
-        losses=losses.data_ptr(),
-        divergence=kind,
-        beta=beta,
-        alpha=alpha,
-        scale_t2=scale_t2,
-        need_hard=labels is not None and (need_hard or alpha < 1),
-        hard_is_soft=not isinstance(temperature, Tensor) and temperature == 1,
-        blocks=blocks,
-        device=device,
-        stream=torch.cuda.current_stream(student.device).cuda_stream,
-    )
+    # The launch is on the current device, whose streams alone it may use.
+    with torch.cuda.device_of(student):
+        registry.extension().kd_loss_rows_cuda(
+            student=student_rows,
+            teacher=teacher_rows,
+            gradient=tensors.matrix(gradient),
+            rows=rows,
+            inner_rows=student.shape[1],
+            width=student.shape[2],
+            vocab_size=vocab_size,
+            labels=0 if labels is None else tensors.contiguous(labels, torch.int64),
+            ignore_index=ignore_index,
+            token_weight=row_values(token_weight),
+            temperature=row_values(temperature),
+            teacher_temperature=row_values(teacher_temperature),
+            grad_scale=row_values(grad_scale),
+            losses=losses.data_ptr(),
+            divergence=kind,
+            beta=beta,
+            alpha=alpha,
+            scale_t2=scale_t2,
+            need_hard=labels is not None and (need_hard or alpha < 1),
+            hard_is_soft=not isinstance(temperature, Tensor) and temperature == 1,
+            blocks=blocks,
+            device=device,
+            stream=torch.cuda.current_stream(student.device).cuda_stream,
+        )
     return losses
 
 

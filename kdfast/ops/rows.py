@@ -1,5 +1,6 @@
 """Logits as kernels take them: in rows, and by their addresses."""
 
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +30,12 @@ def cpp_kernel(name: str, real: torch.dtype) -> Callable[..., None]:
     """The extension's `name` that computes in `real`, on as many threads as PyTorch takes."""
     kernel = getattr(registry.extension(), f"{name}_{str(real).removeprefix('torch.')}")
     return partial(kernel, threads=torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=64)
+def _single(value: float, dtype: torch.dtype) -> Tensor:
+    """A number in memory; temperatures are the same ones at every call."""
+    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 class Addresses:
@@ -62,7 +69,7 @@ class Addresses:
         if values is None:
             return 0, 0
         if not isinstance(values, Tensor):
-            values = torch.tensor(values, dtype=dtype)
+            values = _single(values, dtype)
         return self.contiguous(values, dtype), int(values.dim() > 0)
 
     def contiguous(self, values: Tensor, dtype: torch.dtype) -> int:
