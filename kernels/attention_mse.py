@@ -606,7 +606,7 @@ def join_kernel(
         + TEACHER_COLUMNS * TEACHER_COLUMNS
     )
     MATRIX: tl.constexpr = (STUDENT_COLUMNS + TEACHER_COLUMNS) * STUDENT_COLUMNS
-    ACROSS: tl.constexpr = tl.cdiv(max(STUDENT_COLUMNS, TEACHER_COLUMNS), TILE)
+    ACROSS: tl.constexpr = (max(STUDENT_COLUMNS, TEACHER_COLUMNS) + TILE - 1) // TILE
     place = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     if matrices_ptr is not None:
@@ -894,7 +894,7 @@ def fused_gram_kernel(
         + TEACHER_COLUMNS * TEACHER_COLUMNS
     )
     MATRIX: tl.constexpr = (STUDENT_COLUMNS + TEACHER_COLUMNS) * STUDENT_COLUMNS
-    ACROSS: tl.constexpr = tl.cdiv(max(STUDENT_COLUMNS, TEACHER_COLUMNS), TILE)
+    ACROSS: tl.constexpr = (max(STUDENT_COLUMNS, TEACHER_COLUMNS) + TILE - 1) // TILE
     place = tl.program_id(0).to(tl.int64)
     sample = place // matrices
     group = heads // matrices

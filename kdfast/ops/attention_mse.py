@@ -302,7 +302,8 @@ def _cpp(
 
     def sums_of(samples: slice, real: torch.dtype) -> tuple[Tensor, Tensor]:
         tensors = Addresses()
-        sums = torch.empty(2, samples.stop - samples.start, dtype=torch.float64)
+        count = samples.stop - samples.start
+        sums = torch.empty(2, count, dtype=torch.float64, device="cpu")
         by_name = {
             "student_query": queries[0],
             "student_key": keys[0],
@@ -464,12 +465,16 @@ def _attention_mse_forward(
         divisor = _counted_cells(student_query, query_mask, key_mask, causal)
     elif reduction == "tinybert":
         divisor = student_query.shape[:3].numel() * student_query.shape[2]
-    if not isinstance(divisor, Tensor):
-        # Filled in, where a copy from the host would wait for the device.
-        divisor = torch.full((), divisor, device=device)
     # No cell counts: 0 / 1.
-    divisor = divisor.to(_wide_sum(device)).clamp_min(1)
-    factor = 2 * student_scale**2 / divisor
+    if isinstance(divisor, Tensor):
+        divisor = divisor.to(_wide_sum(device)).clamp_min(1)
+        factor = 2 * student_scale**2 / divisor
+    else:
+        divisor = max(1, divisor)
+        # Filled in, where a copy from the host would wait for the device.
+        factor = torch.full(
+            (), 2 * student_scale**2 / divisor, dtype=_wide_sum(device), device=device
+        )
     if incoming is not None:
         factor = factor * incoming
 
@@ -555,7 +560,9 @@ def _buffer_like(tensor: Tensor) -> Tensor:
 def _scaled(gradient: Tensor, incoming: Tensor) -> Tensor:
     """incoming · gradient, of one loss or of one per sample."""
     memory = gradient.transpose(1, 2) if _tokens_first(gradient) else gradient
-    scaled = scale_gradient(memory.flatten(1), incoming).view(memory.shape)
+    # A GPU takes row by row: one loss for all leaves it more rows than there are samples.
+    scaled = scale_gradient(memory.flatten(1 if incoming.dim() else 2), incoming)
+    scaled = scaled.view(memory.shape)
     return scaled.transpose(1, 2) if _tokens_first(gradient) else scaled
 
 

@@ -249,6 +249,8 @@ def float16_headroom(
     largest = scale.abs() * (alpha * (temperature if scale_t2 else 1 / temperature) + (1 - alpha))
     if token_weight is not None:
         largest = largest * token_weight.abs()
+    if largest.numel() == 0:
+        return torch.ones((), device=scale.device)
     largest = largest.amax().float().clamp_min(torch.finfo(torch.float32).tiny)
     return torch.exp2(8 - largest.log2().ceil())
 

@@ -20,6 +20,10 @@ CHOICES = ("auto", "cpp", "torch")
 SMALLEST = 64
 
 
+# Before torch 2.10 a GPU's `addmm` of half-precision factors adds to nothing wider.
+_ADDS_WIDER = torch.__version__ >= (2, 10)
+
+
 @functools.cache
 def _faster_here() -> bool:
     """Whether the own product is the faster one: a rule, so that every run takes the same."""
@@ -66,7 +70,9 @@ def multiply(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool = Fal
 
 def _torch_multiply(left: Tensor, right: Tensor, out: Tensor, accumulate: bool) -> None:
     widening = {} if left.dtype == out.dtype else {"out_dtype": out.dtype}
-    if accumulate:
+    if accumulate and widening and not _ADDS_WIDER:
+        out.add_(torch.mm(left, right, **widening))
+    elif accumulate:
         torch.addmm(out, left, right, **widening, out=out)
     else:
         torch.mm(left, right, **widening, out=out)

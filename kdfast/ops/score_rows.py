@@ -208,13 +208,13 @@ class MappedRows(_Rows):
         mixing = torch.cat(
             [torch.eye(self.heads, dtype=self.dtype, device=head_map.device), self.head_map], dim=1
         )
-        widths = torch.tensor(
-            [self.width] * self.heads + [self.teacher_width] * self.teacher_heads,
-            device=head_map.device,
-        )
         weights = mixing.mT @ mixing
+        # Numbers of the host's: in a tensor they would be copied to a GPU, for which it is waited.
         for dim in (0, 1):
-            weights = weights.repeat_interleave(widths, dim, output_size=self.total_width)
+            student, teacher = weights.split((self.heads, self.teacher_heads), dim)
+            student = student.repeat_interleave(self.width, dim)
+            teacher = teacher.repeat_interleave(self.teacher_width, dim)
+            weights = torch.cat([student, teacher], dim)
         self._weights = weights
 
     def bytes_per_token(self) -> int:

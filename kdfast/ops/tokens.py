@@ -103,7 +103,8 @@ def _checked_num_items(
                 f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}"
             )
         check_detached("num_items", num_items)
-        return num_items.reshape(()).to(device)
+        # A number of the host is copied to a GPU without waiting for what runs there.
+        return num_items.reshape(()).to(device, non_blocking=True)
     check_number("num_items", num_items, 0, open_low=True)
     return torch.full((), num_items, dtype=accumulation_dtype(device), device=device)
 
@@ -151,13 +152,13 @@ def token_share(
     real = accumulation_dtype(device)
     if reduction == "sum":
         return torch.ones((), dtype=real, device=device)
-    if num_items is not None:
-        divisor = num_items.to(real)
-    elif labels is not None:
+    if num_items is None and labels is None:
+        # Filled in: for a copy of a number from the host a GPU would be waited for.
+        return torch.full((), 1 / max(1, tokens.numel()), dtype=real, device=device)
+    if num_items is None:
         divisor = (labels != ignore_index).sum(dtype=real)
     else:
-        # Not a copy of a number from the host, for which a GPU would be waited for.
-        divisor = torch.full((), tokens.numel(), dtype=real, device=device)
+        divisor = num_items.to(real)
     # Without a counted token every term is an exact 0, which 0 / 0 must not spoil.
     return torch.where(divisor > 0, 1 / divisor, 0.0)
 

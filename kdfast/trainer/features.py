@@ -92,7 +92,8 @@ class _LayerTerm:
             ):
                 if not -count <= number < count:
                     raise ValueError(
-                        f"{name}: layers names layer {number} of the {owner}, which has {count}"
+                        f"{name}: layers names layer {number} of the {owner}, which has {count} "
+                        f"(0 to {count - 1})"
                     )
                 numbers.append(number % count)
             pairs.append(tuple(numbers))
@@ -167,7 +168,12 @@ class AttentionMSE(_LayerTerm):
         projections: Projections,
     ) -> Tensor:
         """The sum over `pairs`; `mask` is `[B, S]` bool, True for tokens that are no padding."""
-        losses = []
+        losses, mixing = [], None
+        if self.head_map is not None:
+            # Copied to a GPU without waiting for what runs there.
+            mixing = torch.tensor(self.head_map, dtype=torch.float32, device="cpu")
+            device = student.attention[pairs[0][0]].query.device
+            mixing = mixing.to(device, non_blocking=True)
         for pair in pairs:
             own, other = student.attention[pair[0]], teacher.attention[pair[1]]
             if own.causal != other.causal:
@@ -186,13 +192,7 @@ class AttentionMSE(_LayerTerm):
                     causal=own.causal,
                     student_scale=own.scale,
                     teacher_scale=other.scale,
-                    head_map=(
-                        None
-                        if self.head_map is None
-                        else torch.tensor(
-                            self.head_map, dtype=torch.float32, device=own.query.device
-                        )
-                    ),
+                    head_map=mixing,
                     reduction=self.reduction,
                     method=self.method,
                 )
