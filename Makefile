@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/*/*) setup.py pyproject.toml constraints.txt
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/emulated_device/*)
 
-.PHONY: demo test lint format bench gpu-test gpu-bench clean
+.PHONY: demo test lint format bench gpu-test gpu-bench gpu-bench-chunk gpu-tune clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,7 @@ $(VENV)/installed: $(SOURCES) | $(BIN)/python
 
 demo: $(VENV)/installed
 	$(BIN)/python bench/demo.py
+	$(BIN)/python bench/demo_tinybert.py
 
 # A process per core, whose threads do not spin while they wait for each other. The Triton interpreter is chosen when a
 # process first imports a kernel, so its tests have processes of their own.
@@ -55,8 +56,11 @@ GPU_SETUP = $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_avai
 SANITIZER = $(or $(shell command -v compute-sanitizer),/usr/local/cuda/bin/compute-sanitizer)
 SANITIZED = PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --error-exitcode 1 --tool
 
+# Most of the time is Triton's compiler.
+GPU_PARALLEL = $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses 4 --dist loadfile)
+
 gpu-test:
-	@$(GPU_SETUP) $(GPU_PYTHON) -m pytest tests -m gpu || exit 1; \
+	@$(GPU_SETUP) $(GPU_PYTHON) -m pytest tests -m gpu $(GPU_PARALLEL) || exit 1; \
 	$(SANITIZED) memcheck $(GPU_PYTHON) -c 'import torch; torch.ones(2, device="cuda").sum().item()' >/dev/null 2>&1 \
 	    || { echo "compute-sanitizer is not here or does not work here: not run"; exit 0; }; \
 	for tool in memcheck racecheck synccheck; do \
@@ -65,11 +69,21 @@ gpu-test:
 	        || test $$? -eq 5 || exit 1; \
 	done
 
+# Processes of at most 8 minutes, each of which goes on where the last one ended, however it ended. `make gpu-bench-chunk`
+# is one of them. OPERATION=kd_loss measures bench/bench_kd_loss.py alone. What began within MINUTES has two more.
+MINUTES ?= 6
+GPU_BENCH = timeout $$(($(MINUTES) * 60 + 120)) $(GPU_PYTHON) -m pytest $(if $(OPERATION),bench/bench_$(OPERATION).py,bench) --device cuda \
+    --keep bench/results --minutes $(MINUTES) --benchmark-columns=median,iqr,rounds
+
 gpu-bench:
-	@$(GPU_SETUP) mkdir -p .benchmarks && rm -f .benchmarks/gpu.json \
-	    && $(GPU_PYTHON) -m pytest bench --device cuda --benchmark-json=.benchmarks/gpu.json \
-	        --benchmark-columns=median,iqr,rounds \
-	    && $(GPU_PYTHON) bench/report.py .benchmarks/gpu.json
+	@$(GPU_SETUP) while $(GPU_BENCH); test $$? -eq 75; do :; done; $(GPU_PYTHON) bench/side_by_side.py
+
+gpu-bench-chunk:
+	@$(GPU_SETUP) $(GPU_BENCH); $(GPU_PYTHON) bench/side_by_side.py
+
+# Which launches of the Triton kernels this GPU likes best, of one TABLE of kernels/tuning.py or of all.
+gpu-tune:
+	@$(GPU_SETUP) $(GPU_PYTHON) bench/tune.py $(if $(TABLE),--table $(TABLE))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kdfast/_C.*.so

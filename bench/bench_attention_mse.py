@@ -5,7 +5,6 @@ A round is a training step: the loss and the gradients of the student's query an
 on maps of scores makes them within the time.
 """
 
-import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
@@ -31,9 +30,14 @@ SHAPES = {
     "cuda": (
         (32, 12, 128, 64, 64, "bfloat16"),
         (32, 12, 512, 64, 64, "bfloat16"),
+        (8, 12, 2048, 64, 64, "bfloat16"),
+        (1, 12, 8192, 64, 64, "bfloat16"),
+        (32, 32, 128, 128, 128, "bfloat16"),
+        (16, 32, 512, 128, 128, "bfloat16"),
         (4, 32, 2048, 128, 128, "bfloat16"),
         (1, 32, 8192, 128, 128, "bfloat16"),
         (32, 12, 512, 64, 64, "float32"),
+        (8, 12, 2048, 64, 64, "float32"),
     ),
 }
 
@@ -82,8 +86,7 @@ class Problem:
         )
 
 
-# Members of a case follow one another, and the maps of one case fill much of a small machine.
-@functools.lru_cache(maxsize=1)
+@measure.one_at_a_time
 def problem_of(case: AttentionCase) -> Problem:
     generator = torch.Generator(case.device).manual_seed(0)
     like = {"device": case.device, "generator": generator}
@@ -164,6 +167,8 @@ def trial_of(case: AttentionCase, member: Member) -> Trial:
         tolerances=TOLERANCES[case.dtype],
         bytes_moved=sum(tensor.nbytes for tensor in problem.inputs[:4]) + gradient_bytes,
         about=asdict(case),
+        copy_rate=problem.copy_rate,
+        product_rate=measure.product_rate(case.device, case.torch_dtype),
         gradient_bytes=gradient_bytes,
     )
 
@@ -190,4 +195,4 @@ def test_attention_mse(
 ) -> None:
     # Compiled members of one shape must not make those of the next one "dynamic".
     torch.compiler.reset()
-    measured(group, name, lambda: trial_of(case, member), problem_of(case).copy_rate)
+    measured(group, name, lambda: trial_of(case, member))

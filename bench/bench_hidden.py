@@ -6,7 +6,6 @@ is one read of both sides and one write of the gradient, and with a projection t
 products that such a step cannot do without.
 """
 
-import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
@@ -89,8 +88,7 @@ def _solve(
     return loss, {name: leaf.grad for name, leaf in wide.items()}
 
 
-# Members of a case follow one another, and the inputs of one case fill much of a small machine.
-@functools.lru_cache(maxsize=1)
+@measure.one_at_a_time
 def problem_of(case: HiddenCase) -> Problem:
     generator = torch.Generator(case.device).manual_seed(0)
 
@@ -163,6 +161,8 @@ def trial_of(case: HiddenCase, member: Member) -> Trial:
         tolerances={} if member.is_ceiling else tolerances,
         bytes_moved=student_bytes + teacher_bytes + projection_bytes + gradient_bytes,
         about={**asdict(case), "is_ceiling": member.is_ceiling},
+        copy_rate=problem.copy_rate,
+        product_rate=measure.product_rate(case.device, case.torch_dtype),
         gradient_bytes=gradient_bytes,
         operations=products * 2 * counted * case.student_width * case.teacher_width,
     )
@@ -181,4 +181,4 @@ def groups(device: str, shapes: list[tuple]) -> Iterator[tuple[str, str, HiddenC
 def test_hidden(group: str, name: str, case: HiddenCase, member: Member, measured) -> None:
     # Compiled members of one shape must not make those of the next one "dynamic".
     torch.compiler.reset()
-    measured(group, name, lambda: trial_of(case, member), problem_of(case).copy_rate)
+    measured(group, name, lambda: trial_of(case, member))

@@ -6,7 +6,6 @@ matrix products that such a step cannot do without, into fresh outputs. They are
 is below them where it has faster ones of its own (docs/performance.md).
 """
 
-import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
@@ -20,6 +19,7 @@ from linear_kd_loss_peers import (
     PRODUCTS,
     LinearCase,
     members_of,
+    strongest_of,
 )
 from measure import Trial
 from peers import Member
@@ -27,7 +27,15 @@ from torch import Tensor
 
 from kdfast import reference
 
-# Rows, the student's width, the teacher's, vocabulary.
+# Rows, the student's width, the teacher's, vocabulary. On the further ones the strongest take part
+# alone: heads of pairs of 1B and 8B models, 0.5B and 7B, 1B and 4B, two BERTs, and float32.
+FURTHER_SHAPES = (
+    (8192, 2048, 4096, 128256, "bfloat16"),
+    (8192, 896, 3584, 151936, "bfloat16"),
+    (4096, 1152, 2560, 262144, "bfloat16"),
+    (32768, 384, 768, 30522, "bfloat16"),
+    (4096, 1024, 2048, 50257, "float32"),
+)
 SHAPES = {
     "cpu": (
         (512, 384, 768, 30522, "float32"),
@@ -35,8 +43,8 @@ SHAPES = {
         (512, 384, 768, 30522, "bfloat16"),
     ),
     "cuda": (
-        (8192, 2048, 4096, 128256, "bfloat16"),
-        (4096, 896, 3584, 151936, "bfloat16"),
+        (8192, 4096, 4096, 128256, "bfloat16"),
+        *FURTHER_SHAPES,
     ),
 }
 
@@ -91,8 +99,7 @@ class Problem:
         )
 
 
-# Members of a case follow one another, and the inputs of one case fill much of a small machine.
-@functools.lru_cache(maxsize=1)
+@measure.one_at_a_time
 def problem_of(case: LinearCase) -> Problem:
     generator = torch.Generator(case.device).manual_seed(0)
     like = {"device": case.device, "generator": generator}
@@ -190,6 +197,8 @@ def trial_of(case: LinearCase, member: Member) -> Trial:
         # Every input is read, and the gradients are written.
         bytes_moved=sum(tensor.nbytes for tensor in problem.inputs[:4]) + gradient_bytes,
         about={**asdict(case), "is_ceiling": member.is_ceiling},
+        copy_rate=problem.copy_rate,
+        product_rate=measure.product_rate(case.device, case.torch_dtype),
         gradient_bytes=gradient_bytes,
         # The logits of both models, and the student's two gradients.
         operations=2 * case.rows * case.vocab * widths,
@@ -209,8 +218,8 @@ def groups(device: str, shapes: list[tuple]) -> Iterator[tuple[str, str, LinearC
         )
         for rows, student_width, teacher_width, vocab, dtype in shapes
     ]
-    for case in cases:
-        for member in members_of(case):
+    for shape, case in zip(shapes, cases, strict=True):
+        for member in (strongest_of if shape in FURTHER_SHAPES else members_of)(case):
             yield f"linear_kd_loss {case.shape}", member.name, case, member
 
     case = replace(cases[0], alpha=0.5)
@@ -222,4 +231,4 @@ def groups(device: str, shapes: list[tuple]) -> Iterator[tuple[str, str, LinearC
 def test_linear_kd_loss(group: str, name: str, case: LinearCase, member: Member, measured) -> None:
     # Compiled members of one shape must not make those of the next one "dynamic".
     torch.compiler.reset()
-    measured(group, name, lambda: trial_of(case, member), problem_of(case).copy_rate)
+    measured(group, name, lambda: trial_of(case, member))

@@ -5,7 +5,6 @@ leaves whose `grad` is set to None before the round, untimed. With tail="support
 rows of the weight; the other tails need the three matrix products that are measured beside them.
 """
 
-import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -21,7 +20,10 @@ from torch import Tensor
 # Rows, the student's width, vocabulary, dtype, entries of the teacher.
 SHAPES = {
     "cpu": ((1024, 512, 128256, "float32", 64),),
-    "cuda": ((8192, 2048, 128256, "bfloat16", 64),),
+    "cuda": (
+        (8192, 2048, 128256, "bfloat16", 64),
+        (8192, 896, 151936, "bfloat16", 64),
+    ),
 }
 
 
@@ -44,8 +46,7 @@ class Problem:
         return self.hidden, self.weight, self.log_probs, self.indices, self.labels
 
 
-# Members of a case follow one another, and the inputs of one case fill much of a small machine.
-@functools.lru_cache(maxsize=1)
+@measure.one_at_a_time
 def problem_of(case: LinearTopKCase) -> Problem:
     generator = torch.Generator(case.device).manual_seed(0)
     like = {"device": case.device, "generator": generator}
@@ -126,6 +127,8 @@ def trial_of(case: LinearTopKCase, member: Member) -> Trial:
         + problem.log_probs.nbytes
         + problem.indices.nbytes,
         about={**asdict(case), "is_ceiling": member.is_ceiling},
+        copy_rate=problem.copy_rate,
+        product_rate=measure.product_rate(case.device, case.torch_dtype),
         # The logits, and the two gradients.
         operations=3 * 2 * case.rows * columns * case.width,
     )
@@ -145,4 +148,4 @@ def test_linear_topk_kd_loss(
 ) -> None:
     # Compiled members of one shape must not make those of the next one "dynamic".
     torch.compiler.reset()
-    measured(group, name, lambda: trial_of(case, member), problem_of(case).copy_rate)
+    measured(group, name, lambda: trial_of(case, member))

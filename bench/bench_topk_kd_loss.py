@@ -6,7 +6,6 @@ is set to None before the round, untimed, as an optimizer's zero_grad does. The 
 with is one read of the logits and one write of the gradient.
 """
 
-import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
@@ -28,7 +27,9 @@ SHAPES = {
     ),
     "cuda": (
         (8192, 128256, "bfloat16", 64),
-        (4096, 151936, "bfloat16", 128),
+        (8192, 151936, "bfloat16", 128),
+        (4096, 262144, "bfloat16", 64),
+        (8192, 50257, "float32", 64),
     ),
 }
 
@@ -97,8 +98,7 @@ def reference_rows(
     return total.sum()
 
 
-# Members of a case follow one another, and the inputs of one case fill much of a small machine.
-@functools.lru_cache(maxsize=1)
+@measure.one_at_a_time
 def problem_of(case: TopKCase) -> Problem:
     generator = torch.Generator(case.device).manual_seed(0)
     like = {"device": case.device, "generator": generator}
@@ -158,6 +158,8 @@ def trial_of(case: TopKCase, member: Member) -> Trial:
         # The logits and the teacher's entries are read, and the gradient is written.
         bytes_moved=sweeps * student.nbytes + problem.log_probs.nbytes + problem.indices.nbytes,
         about=asdict(case),
+        copy_rate=problem.copy_rate,
+        product_rate=measure.product_rate(case.device, case.torch_dtype),
     )
 
 
@@ -177,4 +179,4 @@ def groups(device: str, shapes: list[tuple]) -> Iterator[tuple[str, str, TopKCas
 def test_topk_kd_loss(group: str, name: str, case: TopKCase, member: Member, measured) -> None:
     # Compiled members of one shape must not make those of the next one "dynamic".
     torch.compiler.reset()
-    measured(group, name, lambda: trial_of(case, member), problem_of(case).copy_rate)
+    measured(group, name, lambda: trial_of(case, member))

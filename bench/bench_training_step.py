@@ -11,7 +11,6 @@ models have no dropout, so that all members compute the same.
 """
 
 import copy
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -101,8 +100,7 @@ def _solve(case: StepCase, models: Models) -> tuple[float, dict[str, Tensor]]:
     return loss, {n: leaf.grad for n, leaf in _leaves(wide).items() if leaf.grad is not None}
 
 
-# Members of a case follow one another, and the inputs of one case fill much of a small machine.
-@functools.lru_cache(maxsize=1)
+@measure.one_at_a_time
 def problem_of(case: StepCase) -> Problem:
     torch.manual_seed(0)
     student = _bert(case, case.student_layers, case.student_width)
@@ -171,6 +169,8 @@ def trial_of(case: StepCase, member: Member) -> Trial:
         # Every weight is read, and the gradients are written.
         bytes_moved=sum(parameter.nbytes for parameter in parameters) + gradient_bytes,
         about={**asdict(case), "is_ceiling": member.is_ceiling},
+        copy_rate=problem.copy_rate,
+        product_rate=measure.product_rate(case.device, getattr(torch, case.dtype)),
         gradient_bytes=gradient_bytes,
     )
 
@@ -185,4 +185,4 @@ def groups(device: str, shapes: list[tuple]) -> Iterator[tuple[str, str, StepCas
 
 
 def test_training_step(group: str, name: str, case: StepCase, member: Member, measured) -> None:
-    measured(group, name, lambda: trial_of(case, member), problem_of(case).copy_rate)
+    measured(group, name, lambda: trial_of(case, member))

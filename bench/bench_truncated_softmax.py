@@ -2,7 +2,6 @@
 logits and without gradients. The bound to compare with is one read of the logits.
 """
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,7 +21,10 @@ SHAPES = {
     ),
     "cuda": (
         (8192, 128256, "bfloat16", 64),
-        (4096, 151936, "bfloat16", 128),
+        (8192, 151936, "bfloat16", 128),
+        (4096, 262144, "bfloat16", 64),
+        (32768, 32000, "bfloat16", 16),
+        (8192, 50257, "float32", 64),
     ),
 }
 
@@ -44,8 +46,7 @@ class Problem:
     copy_rate: float
 
 
-# Members of a case follow one another, and the inputs of one case fill much of a small machine.
-@functools.lru_cache(maxsize=1)
+@measure.one_at_a_time
 def problem_of(case: TruncatedCase) -> Problem:
     generator = torch.Generator(case.device).manual_seed(0)
     # A standard deviation of 3 is that of trained language models' logits.
@@ -98,6 +99,8 @@ def trial_of(case: TruncatedCase, member: Member) -> Trial:
         # The logits are read, and the entries are written.
         bytes_moved=problem.logits.nbytes + entry_bytes * case.rows * case.k,
         about={**asdict(case), "is_ceiling": member.is_ceiling},
+        copy_rate=problem.copy_rate,
+        product_rate=measure.product_rate(case.device, case.torch_dtype),
     )
 
 
@@ -114,4 +117,4 @@ def test_truncated_softmax(
 ) -> None:
     # Compiled members of one shape must not make those of the next one "dynamic".
     torch.compiler.reset()
-    measured(group, name, lambda: trial_of(case, member), problem_of(case).copy_rate)
+    measured(group, name, lambda: trial_of(case, member))

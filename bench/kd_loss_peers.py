@@ -6,10 +6,24 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from peers import Case, Loss, Member, imported, in_both_precisions, needs_cuda, only
+from peers import (
+    Case,
+    GivenGradients,
+    Loss,
+    Member,
+    imported,
+    in_both_kernels,
+    in_both_precisions,
+    needs_cuda,
+    only,
+)
 from torch import Tensor
 
 import kdfast
+from kdfast.ops.kd_loss import BACKENDS
+
+# Rows that torch.compile sees at once where a batch is cut into pieces.
+CHUNK_ROWS = 1024
 
 
 def kdfast_loss(case: Case, *, overwrite: bool = False) -> Loss:
@@ -49,6 +63,28 @@ def eager_loss(case: Case, *, log_target: bool = False) -> Loss:
         if alpha < 1:
             total = total + (1 - alpha) * F.cross_entropy(student.float(), labels)
         return total
+
+    return loss
+
+
+def chunked_loss(case: Case) -> Loss:
+    """The same lines, compiled for some rows at a time: the temporaries of the others never exist.
+
+    A chunk's gradient is computed with its loss, as libraries' chunked losses do.
+    """
+    only(case, divergence="forward_kl", alpha=1.0, backward=True)
+    compiled = torch.compile(eager_loss(case), dynamic=False)
+
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        total = student.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(student)
+        chunks = (tensor.split(CHUNK_ROWS) for tensor in (student, teacher, labels, gradient))
+        for s, t, label, by_logit in zip(*chunks, strict=True):
+            s = s.detach().requires_grad_()
+            part = compiled(s, t, label) * (len(s) / len(student))
+            by_logit.copy_(torch.autograd.grad(part, s)[0])
+            total += part.detach()
+        return GivenGradients.apply(total, (gradient,), student)
 
     return loss
 
@@ -140,26 +176,62 @@ def speculators_loss(case: Case) -> Loss:
     return loss
 
 
+def quack_softmax(case: Case) -> Loss:
+    """Quack's softmax of one side, forward alone: the bandwidth that a GPU's best kernels reach."""
+    needs_cuda(case)
+    softmax = imported("quack.softmax", "quack-kernels").softmax
+    return lambda student, teacher, labels: softmax(student.detach())
+
+
+def quack_cross_entropy(case: Case) -> Loss:
+    """Quack's cross-entropy and its gradient in one kernel, of the student alone."""
+    needs_cuda(case)
+    cross_entropy_fwd = imported("quack.cross_entropy", "quack-kernels").cross_entropy_fwd
+
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        return cross_entropy_fwd(student.detach(), labels, return_dx=True)
+
+    return loss
+
+
 KDFAST = Member("kdfast", kdfast_loss)
 OVERWRITING = Member(
     "kdfast overwrite", lambda case: kdfast_loss(case, overwrite=True), overwrites_student=True
 )
+EAGER = Member("eager", eager_loss)
+COMPILED = Member("compile", eager_loss, compiled=True)
+COMPILED_CHUNKS = Member("compile chunked", chunked_loss)
 BY_HAND = (
-    Member("eager", eager_loss),
+    EAGER,
     Member("eager log-target", lambda case: eager_loss(case, log_target=True)),
-    Member("compile", eager_loss, compiled=True),
+    COMPILED,
     Member("compile log-target", lambda case: eager_loss(case, log_target=True), compiled=True),
 )
+SPECULATORS = Member("speculators", speculators_loss)
 PEERS = (
     Member("trl", trl_loss, computes_in_input_dtype=True),
     Member("liger chunked", liger_chunked_loss, computes_in_input_dtype=True, compiled=True),
     Member("textbrewer", textbrewer_loss, adds_teacher_entropy=True, computes_in_input_dtype=True),
     Member("liger kl_div", liger_kl_div_loss),
     Member("liger jsd", liger_jsd_loss),
-    Member("speculators", speculators_loss),
+    SPECULATORS,
 )
+YARDSTICKS = (
+    Member("quack softmax", quack_softmax, is_ceiling=True, passes=2),
+    Member("quack cross-entropy", quack_cross_entropy, is_ceiling=True, passes=2),
+)
+
+
+def kdfast_members(case: Case) -> tuple[Member, ...]:
+    return in_both_kernels(KDFAST, case, BACKENDS)
 
 
 def members_of(case: Case) -> tuple[Member, ...]:
     """Everyone who takes part in a case; some of the peers twice, as they are and upcast."""
-    return (KDFAST, *BY_HAND, *in_both_precisions(PEERS, case))
+    on_gpu = (COMPILED_CHUNKS, *YARDSTICKS) if case.device == "cuda" else ()
+    return (*kdfast_members(case), *BY_HAND, *on_gpu, *in_both_precisions(PEERS, case))
+
+
+def strongest_of(case: Case) -> tuple[Member, ...]:
+    """Those who matter on a GPU's further shapes."""
+    return (*kdfast_members(case), EAGER, COMPILED, COMPILED_CHUNKS, SPECULATORS)

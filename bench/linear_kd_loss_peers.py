@@ -7,10 +7,21 @@ from dataclasses import dataclass, field
 import kd_loss_peers
 import torch
 import torch.nn.functional as F
-from peers import Case, Loss, Member, imported, in_both_precisions, needs_cuda, only
+from peers import (
+    Case,
+    GivenGradients,
+    Loss,
+    Member,
+    imported,
+    in_both_kernels,
+    in_both_precisions,
+    needs_cuda,
+    only,
+)
 from torch import Tensor
 
 import kdfast
+from kdfast.ops.linear_kd_loss import BACKENDS
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,43 @@ def eager_loss(case: LinearCase) -> Loss:
     return loss
 
 
+def chunked_loss(case: LinearCase) -> Loss:
+    """The same lines, compiled for some rows at a time: the logits of the others never exist.
+
+    A chunk's gradients are computed with its loss, as libraries' chunked losses do.
+    """
+    only(case, divergence="forward_kl", alpha=1.0)
+    compiled = torch.compile(eager_loss(case), dynamic=False)
+
+    def loss(
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        labels: Tensor,
+    ) -> Tensor:
+        total = student_hidden.new_zeros((), dtype=torch.float32)
+        by_hidden = torch.empty_like(student_hidden)
+        by_weight = torch.zeros_like(student_weight, dtype=torch.float32)
+        weight = student_weight.detach().requires_grad_()
+        chunks = (
+            tensor.split(kd_loss_peers.CHUNK_ROWS)
+            for tensor in (student_hidden, teacher_hidden, labels, by_hidden)
+        )
+        for hidden, of_teacher, label, by_chunk in zip(*chunks, strict=True):
+            hidden = hidden.detach().requires_grad_()
+            share = len(hidden) / len(student_hidden)
+            part = compiled(hidden, weight, of_teacher, teacher_weight, label) * share
+            found, of_weight = torch.autograd.grad(part, (hidden, weight))
+            by_chunk.copy_(found)
+            by_weight += of_weight
+            total += part.detach()
+        gradients = by_hidden, by_weight.to(student_weight.dtype)
+        return GivenGradients.apply(total, gradients, student_hidden, student_weight)
+
+    return loss
+
+
 def rounded_logits_loss(case: LinearCase) -> Loss:
     """Exact but for logits rounded to the models' dtype: what that alone costs."""
     dense_loss = kd_loss_peers.eager_loss(case)
@@ -138,6 +186,44 @@ def liger_fused_loss(case: LinearCase) -> Loss:
     return loss
 
 
+def liger_kl_div_loss(case: LinearCase) -> Loss:
+    """Liger's KL in Triton with a teacher whose probabilities are given: made within the time.
+
+    It has no T²: a factor on the scalar here.
+    """
+    needs_cuda(case)
+    only(case, divergence="forward_kl", alpha=1.0)
+    module = imported("liger_kernel.transformers", "liger-kernel")
+    divergence = module.LigerFusedLinearKLDivLoss(temperature=case.temperature)
+    temperature = case.temperature
+
+    def loss(
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        labels: Tensor,
+    ) -> Tensor:
+        teacher = F.linear(teacher_hidden, teacher_weight) / temperature
+        target = F.softmax(teacher, dim=-1, dtype=torch.float32)
+        return divergence(student_hidden, student_weight, target) * temperature**2
+
+    return loss
+
+
+def cut_cross_entropy(case: LinearCase) -> Loss:
+    """The hard term alone, of the student alone, with its gradients: what it holds in memory."""
+    needs_cuda(case)
+    linear_cross_entropy = imported("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
+
+    def loss(*inputs: Tensor) -> tuple[Tensor, ...]:
+        *leaves, _, _, labels = inputs
+        with torch.enable_grad():
+            return torch.autograd.grad(linear_cross_entropy(*leaves, labels), leaves)
+
+    return loss
+
+
 def trl_loss(case: LinearCase) -> Loss:
     """TRL's chunked divergence per token, forward KL at beta=0.
 
@@ -164,8 +250,15 @@ PRODUCTS_FLOAT32 = Member(
 )
 EAGER = Member("eager", eager_loss, computes_in_input_dtype=True)
 COMPILED = Member("compile", eager_loss, computes_in_input_dtype=True, compiled=True)
+COMPILED_CHUNKS = Member("compile chunked", chunked_loss, computes_in_input_dtype=True)
 LIGER = Member("liger chunked", liger_chunked_loss, computes_in_input_dtype=True)
-PEERS = (Member("liger fused", liger_fused_loss), Member("trl", trl_loss))
+TRL = Member("trl", trl_loss)
+PEERS = (
+    Member("liger fused", liger_fused_loss),
+    Member("liger kl_div", liger_kl_div_loss),
+    TRL,
+)
+CUT = Member("cut-cross-entropy", cut_cross_entropy, is_ceiling=True)
 
 
 def members_of(case: LinearCase) -> tuple[Member, ...]:
@@ -173,5 +266,19 @@ def members_of(case: LinearCase) -> tuple[Member, ...]:
     half = case.torch_dtype.itemsize < 4
     ceilings = (PRODUCTS, PRODUCTS_FLOAT32) if half and case.device == "cpu" else (PRODUCTS,)
     rounded = (Member(f"{case.dtype} logits", rounded_logits_loss),) if half else ()
-    others = in_both_precisions((EAGER, COMPILED, LIGER), case)
-    return (KDFAST, *ceilings, *others, *PEERS, *rounded)
+    on_gpu = case.device == "cuda"
+    compiled = (COMPILED, COMPILED_CHUNKS) if on_gpu else (COMPILED,)
+    others = in_both_precisions((EAGER, *compiled, LIGER), case)
+    fused = in_both_kernels(KDFAST, case, BACKENDS)
+    cut = (CUT,) if on_gpu else ()
+    return (*fused, *ceilings, *others, *PEERS, *rounded, *cut)
+
+
+def strongest_of(case: LinearCase) -> tuple[Member, ...]:
+    """Those who matter on a GPU's further shapes."""
+    return (
+        *in_both_kernels(KDFAST, case, BACKENDS),
+        PRODUCTS,
+        *in_both_precisions((EAGER, COMPILED_CHUNKS, LIGER), case),
+        TRL,
+    )

@@ -10,7 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -22,7 +22,17 @@ import kdfast
 # Of a case's inputs, labels last.
 Loss = Callable[..., Tensor]
 
-PACKAGES = ("torch", "triton", "liger-kernel", "trl", "textbrewer", "speculators", "distillkit")
+PACKAGES = (
+    "torch",
+    "triton",
+    "liger-kernel",
+    "trl",
+    "textbrewer",
+    "speculators",
+    "quack-kernels",
+    "cut-cross-entropy",
+    "distillkit",
+)
 
 
 @dataclass(frozen=True)
@@ -66,9 +76,15 @@ class Member:
     compiled: bool = False
     # A part of the work that nobody can leave out: a bound to compare with, and no loss.
     is_ceiling: bool = False
+    # How often it reads or writes the logits, where that is a part of what the case needs.
+    passes: int | None = None
+    # One of kdfast's own, instead of the one that it chooses.
+    backend: str | None = None
 
     def build(self, case: Case) -> Loss:
         loss = self.write(case)
+        if self.backend is not None:
+            loss = _with_backend(self.backend, loss)
         if self.upcasts:
             loss = _upcasting(loss)
         # For one shape: nothing is lost to dynamic ones.
@@ -79,11 +95,59 @@ class Absent(Exception):
     """A member cannot take part, and why."""
 
 
+def _with_backend(name: str, loss: Loss) -> Loss:
+    try:
+        with kdfast.backend(name):
+            pass
+    except RuntimeError as reason:
+        raise Absent(str(reason)) from reason
+
+    def by_backend(*inputs: Tensor) -> Tensor:
+        with kdfast.backend(name):
+            try:
+                return loss(*inputs)
+            except RuntimeError as error:
+                if f"backend {name!r} cannot serve" in str(error):
+                    raise Absent(str(error)) from error
+                raise
+
+    return by_backend
+
+
+def in_both_kernels(
+    fused: Member, case: Case, backends: Mapping[str, object]
+) -> tuple[Member, ...]:
+    """kdfast, and once more with each of an operation's GPU kernels if there are several.
+
+    So one run decides between them, whichever kdfast chooses by itself.
+    """
+    kernels = [name for name in ("cuda", "triton") if name in backends]
+    if case.device != "cuda" or len(kernels) < 2:
+        return (fused,)
+    return fused, *(replace(fused, name=f"{fused.name} {name}", backend=name) for name in kernels)
+
+
 def _upcasting(loss: Loss) -> Loss:
     def upcasting(*inputs: Tensor) -> Tensor:
         return loss(*(x.float() if x.is_floating_point() else x for x in inputs))
 
     return upcasting
+
+
+class GivenGradients(torch.autograd.Function):
+    """A loss whose gradients are there already, for one that is the end of its graph.
+
+    Without that they would have to be multiplied by what comes in: another pass over them.
+    """
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, gradients: tuple[Tensor, ...], *leaves: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.gradients
 
 
 def in_both_precisions(members: Iterable[Member], case: Case) -> tuple[Member, ...]:

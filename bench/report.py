@@ -3,10 +3,10 @@
     pytest bench --benchmark-json=run.json && python bench/report.py run.json
 
 prints the tables as Markdown, keeps the reduced numbers in bench/results/DEVICE.json and draws
-docs/OPERATION-DEVICE-{light,dark}.svg. What is kept of an operation is its last run, with that
-run's date and versions; the operations that a run did not measure stay as they were. It reads a
-kept file as well as a run's, so that what is shown can be made again from what is kept. Exits with
-1 if a result of kdfast itself is wrong.
+docs/OPERATION-DEVICE-{light,dark}.svg. What is kept of an operation is of one state of the code,
+with its date and versions: a run adds to that, or replaces it where the code or a version has
+changed. It reads a kept file as well as a run's, so that what is shown can be made again from what
+is kept. Exits with 1 if a result of kdfast itself is wrong.
 """
 
 import argparse
@@ -29,9 +29,22 @@ Runs = dict[str, Run]
 
 MIB = 2**20
 
+# How the reason begins for which a member of kdfast's own is absent, if that is none.
+OWN_FAILURE = "kdfast fails: "
+
 
 def operation_of(group: str) -> str:
     return group.split()[0]
+
+
+def measurement(group: str, info: dict[str, Any], stats: dict[str, float]) -> Measurement:
+    return {
+        "group": group,
+        **info,
+        "seconds": stats["median"],
+        "iqr_seconds": stats["iqr"],
+        "rounds": stats["rounds"],
+    }
 
 
 def load(path: Path) -> Runs:
@@ -53,15 +66,64 @@ def load(path: Path) -> Runs:
                 "absent": absent,
                 "measurements": [],
             }
-        measurement = {
-            "group": entry["group"],
-            **entry["extra_info"],
-            "seconds": entry["stats"]["median"],
-            "iqr_seconds": entry["stats"]["iqr"],
-            "rounds": entry["stats"]["rounds"],
-        }
-        runs[operation]["measurements"].append(measurement)
+        runs[operation]["measurements"].append(
+            measurement(entry["group"], entry["extra_info"], entry["stats"])
+        )
     return runs
+
+
+def _comparable(facts: dict[str, Any], others: dict[str, Any]) -> bool:
+    """Whether measurements stand in one table: all but the driver is the same."""
+    return {**facts, "driver": ""} == {**others, "driver": ""}
+
+
+def done(runs: Runs, facts: dict[str, Any]) -> set[tuple[str, str]]:
+    """The groups and members that need not be measured again for these facts."""
+    found = set()
+    for run in runs.values():
+        if _comparable(run["facts"], facts):
+            found |= {(entry["group"], entry["member"]) for entry in run["measurements"]}
+            found |= {(group, member) for group, who in run["absent"].items() for member in who}
+    return found
+
+
+def merged(kept: Run, run: Run) -> Run:
+    """An operation's kept run with what another one has measured; that one alone, if all differs.
+
+    A member that was measured twice has its last numbers, in its old place.
+    """
+    if not _comparable(kept["facts"], run["facts"]):
+        return run
+    drivers = [r["facts"]["driver"] for r in (kept, run) if r["facts"].get("driver")]
+    measurements = {(e["group"], e["member"]): e for e in kept["measurements"]}
+    measurements |= {(e["group"], e["member"]): e for e in run["measurements"]}
+    absent = {group: {**who} for group, who in kept["absent"].items()}
+    for group, who in run["absent"].items():
+        absent.setdefault(group, {}).update(who)
+    for group, member in measurements:
+        absent.get(group, {}).pop(member, None)
+    return {
+        "facts": run["facts"] | ({"driver": ", ".join(dict.fromkeys(drivers))} if drivers else {}),
+        "date": run["date"],
+        "absent": absent,
+        "measurements": [*measurements.values()],
+    }
+
+
+def kept_path(folder: Path, facts: dict[str, Any]) -> Path:
+    return folder / f"{device_slug(facts)}.json"
+
+
+def keep(runs: Runs, folder: Path) -> None:
+    """Add to what is kept of a device, whole or not at all."""
+    path = kept_path(folder, next(iter(runs.values()))["facts"])
+    kept = load(path)
+    for operation, run in runs.items():
+        kept[operation] = merged(kept[operation], run) if operation in kept else run
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(kept, indent=1) + "\n")
+    partial.replace(path)
 
 
 def device_slug(facts: dict[str, Any]) -> str:
@@ -80,7 +142,7 @@ def grouped(measurements: list[Measurement]) -> Groups:
     for entry in measurements:
         groups.setdefault(entry["group"], []).append(entry)
     for group, members in groups.items():
-        ceiling = next((entry for entry in members if _is_ceiling(entry)), None)
+        ceiling = next((entry for entry in members if is_ceiling(entry)), None)
         groups[group] = [
             entry
             | {"relative": entry["seconds"] / members[0]["seconds"]}
@@ -90,13 +152,13 @@ def grouped(measurements: list[Measurement]) -> Groups:
     return groups
 
 
-def _milliseconds(seconds: float) -> str:
-    milliseconds = seconds * 1e3
-    decimals = 2 if milliseconds < 10 else 1 if milliseconds < 100 else 0
-    return f"{milliseconds:.{decimals}f} ms"
+def milliseconds(seconds: float) -> str:
+    thousandths = seconds * 1e3
+    decimals = 2 if thousandths < 10 else 1 if thousandths < 100 else 0
+    return f"{thousandths:.{decimals}f} ms"
 
 
-def _table(header: str, rows: list[list[str]]) -> str:
+def table(header: str, rows: list[list[str]]) -> str:
     columns = header.split(" | ")
     rule = ["---", *["---:"] * (len(columns) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (columns, rule, *rows))
@@ -107,11 +169,21 @@ def _of(members: list[Measurement], name: str) -> Measurement | None:
 
 
 def _is_peer(entry: Measurement) -> bool:
-    return not entry["member"].startswith(("kdfast", "eager", "compile"))
+    hand_written = entry["member"].startswith(("kdfast", "eager", "compile"))
+    return not (hand_written or is_ceiling(entry))
 
 
-def _is_ceiling(entry: Measurement) -> bool:
+def is_ceiling(entry: Measurement) -> bool:
     return entry.get("is_ceiling", False)
+
+
+def wrong_results_of_kdfast(runs: Runs) -> list[str]:
+    return [
+        f"{entry['group']}: {entry['member']}: wrong {' and '.join(entry['wrong'])}"
+        for run in runs.values()
+        for entry in run["measurements"]
+        if entry["wrong"] and entry.get("ours", entry["member"].startswith("kdfast"))
+    ]
 
 
 def _fastest(members: list[Measurement], family: str = "") -> Measurement | None:
@@ -125,7 +197,7 @@ def _cell(entry: Measurement | None, name: str = "", decimals: int = 1) -> str:
         return "–"
     if entry["wrong"]:
         return "wrong"
-    return f"{name}{_milliseconds(entry['seconds'])} ({entry['relative']:.{decimals}f}×)"
+    return f"{name}{milliseconds(entry['seconds'])} ({entry['relative']:.{decimals}f}×)"
 
 
 def _mebibytes(entry: Measurement, *, gradients: bool) -> str:
@@ -227,7 +299,7 @@ def _hidden_summary(members: list[Measurement]) -> list[str]:
 
 
 def _hidden_mse_summary(members: list[Measurement]) -> list[str]:
-    ceiling = _fastest([entry for entry in members if _is_ceiling(entry)], "bare products float32")
+    ceiling = _fastest([entry for entry in members if is_ceiling(entry)], "bare products float32")
     ceiling = ceiling or _of(members, "bare products")
     return [_cell(ceiling, decimals=2), *_hidden_summary(members)]
 
@@ -352,9 +424,9 @@ def summary(operation: str, groups: Groups) -> str:
         fused, eager = _of(members, "kdfast"), _fastest(members, "eager")
         if fused is None or eager is None:
             continue
-        time = _milliseconds(fused["seconds"]) if not fused["wrong"] else "wrong"
+        time = milliseconds(fused["seconds"]) if not fused["wrong"] else "wrong"
         rows.append([group, time, *LAYOUTS[operation].summary_cells(members)])
-    return _table(f"case | kdfast | {LAYOUTS[operation].summary_header}", rows)
+    return table(f"case | kdfast | {LAYOUTS[operation].summary_header}", rows)
 
 
 def details(operation: str, group: str, members: list[Measurement]) -> str:
@@ -363,14 +435,14 @@ def details(operation: str, group: str, members: list[Measurement]) -> str:
     terms = list(dict.fromkeys(term for entry in members for term in entry["errors"]))
 
     def result(entry: Measurement) -> str:
-        if _is_ceiling(entry):
+        if is_ceiling(entry):
             return "a part of the work"
         return "agrees" if not entry["wrong"] else f"**wrong {' and '.join(entry['wrong'])}**"
 
     rows = [
         [
             entry["member"],
-            _milliseconds(entry["seconds"]) + f" ± {entry['iqr_seconds'] * 5e2:.1f}",
+            milliseconds(entry["seconds"]) + f" ± {entry['iqr_seconds'] * 5e2:.1f}",
             f"{entry['relative']:.2f}×",
             *layout.details_cells(entry),
             *(f"{entry['errors'][term]:.1e}" if entry["errors"] else "–" for term in terms),
@@ -380,7 +452,7 @@ def details(operation: str, group: str, members: list[Measurement]) -> str:
     ]
     errors = " | ".join(f"{term} error" for term in terms)
     header = f"{group} | median | relative | {layout.details_header} | {errors} | result"
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def markdown(operation: str, run: Run) -> str:
@@ -484,7 +556,7 @@ def _panel(axis: Any, title: str, members: list[Measurement], color: dict[str, s
     for place, entry in enumerate(members):
         ours = entry["member"].startswith("kdfast")
         fill = color["kdfast"] if ours else color["bar"]
-        solid = not (entry["wrong"] or _is_ceiling(entry))
+        solid = not (entry["wrong"] or is_ceiling(entry))
         axis.barh(
             place,
             entry["seconds"],
@@ -493,12 +565,12 @@ def _panel(axis: Any, title: str, members: list[Measurement], color: dict[str, s
             edgecolor=fill,
             hatch="////" if entry["wrong"] else None,
         )
-        label = _milliseconds(entry["seconds"])
+        label = milliseconds(entry["seconds"])
         if not ours:
             label += f" · {entry['relative']:.1f}×"
         if entry["wrong"]:
             label += " · wrong"
-        if _is_ceiling(entry):
+        if is_ceiling(entry):
             label += " · a part"
         axis.text(
             entry["seconds"] + 0.015 * longest,
@@ -531,9 +603,7 @@ def main() -> int:
         return 0
 
     slug = device_slug(next(iter(runs.values()))["facts"])
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    kept = arguments.results / f"{slug}.json"
-    kept.write_text(json.dumps(load(kept) | runs, indent=1) + "\n")
+    keep(runs, arguments.results)
     for operation, run in runs.items():
         print(markdown(operation, run))
         groups = grouped(run["measurements"])
@@ -543,14 +613,7 @@ def main() -> int:
             plot(main_groups, theme, arguments.plots / f"{operation}-{slug}-{theme}.svg")
         if arguments.into:
             write_between_markers(arguments.into, operation, summary(operation, groups))
-    return int(
-        any(
-            entry["wrong"]
-            for run in runs.values()
-            for entry in run["measurements"]
-            if entry["member"].startswith("kdfast")
-        )
-    )
+    return int(bool(wrong_results_of_kdfast(runs)))
 
 
 if __name__ == "__main__":
