@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from steps import needs_memory
 from tolerances import assert_gradient_close, assert_loss_close, relative_error
 
 import kdfast
@@ -64,25 +65,36 @@ def oracle(student, teacher, labels=None, **options):
 # Every divergence, precision and vocabulary.
 
 
-@pytest.mark.parametrize("vocab", [7, 1000, 32003, 50257, 128256])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_matches_reference(divergence, dtype, vocab):
+VOCABULARIES = (7, 1000, 32003, 50257, 128256)
+OPTIONS = ({}, {"temperature": 3.0, "alpha": 0.3}, {"alpha": 0.5})
+
+# Each pair of the four at least once or nearly so, and no more: a kernel takes a second to compile.
+MATCHED = {
+    *itertools.product(("forward_kl",), DTYPES, VOCABULARIES, (0,)),
+    *(
+        (divergence, DTYPES[(i + j) % 3], VOCABULARIES[(i + 2 * j) % 5], j)
+        for (i, divergence), j in itertools.product(enumerate(DIVERGENCES), range(3))
+    ),
+}
+
+
+@pytest.mark.parametrize(("divergence", "dtype", "vocab", "option"), sorted(MATCHED, key=str))
+def test_matches_reference(divergence, dtype, vocab, option):
     student, teacher = logits(2, 5, vocab, dtype=dtype), logits(2, 5, vocab, dtype=dtype)
     labels = some_labels(2, 5, vocab=vocab)
-    for options in ({}, {"temperature": 3.0, "alpha": 0.3}, {"alpha": 0.5}):
-        options = {"divergence": divergence, "beta": 0.3, **options}
-        loss, gradient = loss_and_gradient(student, teacher, labels, **options)
-        expected, expected_gradient = oracle(student, teacher, labels, **options)
-        assert_loss_close(loss, expected, dtype)
-        assert_gradient_close(gradient, expected_gradient)
+    options = {"divergence": divergence, "beta": 0.3, **OPTIONS[option]}
+    loss, gradient = loss_and_gradient(student, teacher, labels, **options)
+    expected, expected_gradient = oracle(student, teacher, labels, **options)
+    assert_loss_close(loss, expected, dtype)
+    assert_gradient_close(gradient, expected_gradient)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocab", [1, 2, 17, 2048, 2049])
+@pytest.mark.parametrize(
+    ("vocab", "dtype"), list(zip([1, 2, 17, 2048, 2049], (*DTYPES, *DTYPES), strict=False))
+)
 def test_small_vocabularies(vocab, dtype):
     student, teacher = logits(64, vocab, dtype=dtype), logits(64, vocab, dtype=dtype)
-    for divergence in DIVERGENCES:
+    for divergence in ("forward_kl", "jsd"):
         loss, gradient = loss_and_gradient(student, teacher, divergence=divergence)
         expected, expected_gradient = oracle(student, teacher, divergence=divergence)
         torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-7)
@@ -156,9 +168,10 @@ def test_views_padding_and_ignored_rows(vocab, dtype):
     assert (whole.grad[:, :-1][labels == IGNORED] == 0).all()
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("vocab", [32000, 50257])
-def test_overwriting_the_students_logits(vocab, divergence):
+@pytest.mark.parametrize(
+    ("divergence", "vocab"), list(zip(DIVERGENCES, 3 * [32000, 50257], strict=True))
+)
+def test_overwriting_the_students_logits(divergence, vocab):
     student, teacher = logits(300, vocab, dtype=torch.bfloat16), logits(300, vocab)
     labels = some_labels(300, vocab=vocab)
     options = {"divergence": divergence, "alpha": 0.5, "temperature": 2.0}
@@ -173,8 +186,7 @@ def test_overwriting_the_students_logits(vocab, divergence):
 def test_past_two_to_the_31_elements():
     rows, vocab = 16800, 128256
     assert rows * vocab > 2**31
-    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
-        pytest.skip("needs 12 GiB of device memory, for the two logits")
+    needs_memory(12)
     student, teacher = (
         torch.zeros(rows, vocab, dtype=torch.bfloat16, device="cuda") for _ in range(2)
     )
@@ -189,64 +201,12 @@ def test_past_two_to_the_31_elements():
     assert (losses[:-1] == 0).all()
 
 
-# The host and the device.
-
-
-@pytest.mark.parametrize("labelled", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nothing_waits_for_the_device(dtype, labelled):
-    student = logits(4, 1000, dtype=dtype).requires_grad_()
-    teacher = logits(4, 1000, dtype=dtype)
-    labels = some_labels(4, vocab=1000) if labelled else None
-
-    def step():
-        with kdfast.backend("triton"):
-            kdfast.kd_loss(student, teacher, labels, alpha=0.5 if labelled else 1.0).backward()
-
-    # Compiles the kernels.
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cuda_graph(dtype):
-    student = logits(8, 32003, dtype=dtype).requires_grad_()
-    teacher, labels = logits(8, 32003, dtype=dtype), some_labels(8, vocab=32003)
-
-    def step():
-        student.grad = None
-        with kdfast.backend("triton"):
-            loss = kdfast.kd_loss(student, teacher, labels, alpha=0.5, temperature=2.0)
-        loss.backward()
-        return loss.detach()
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
-    gradient = student.grad
-    with torch.no_grad():
-        student.copy_(logits(8, 32003, dtype=dtype))
-    graph.replay()
-    expected, expected_gradient = loss_and_gradient(
-        student, teacher, labels, alpha=0.5, temperature=2.0
-    )
-    assert torch.equal(loss, expected)
-    assert torch.equal(gradient, expected_gradient)
+# What is the same every run, and what it takes.
 
 
 def test_same_bits_every_run():
     student, teacher = logits(64, 50257, dtype=torch.bfloat16), logits(64, 50257)
-    for divergence in DIVERGENCES:
+    for divergence in ("forward_kl", "jsd"):
         first = loss_and_gradient(student, teacher, divergence=divergence)
         second = loss_and_gradient(student, teacher, divergence=divergence)
         assert all(map(torch.equal, first, second))
@@ -261,15 +221,6 @@ def test_no_memory_of_the_logits_size_but_the_gradient():
         kdfast.kd_loss(student, teacher, divergence="jsd").backward()
     extra = torch.cuda.max_memory_allocated() - before
     assert extra < 1.01 * student.numel() * student.element_size() + 2**20
-
-
-def test_the_device_of_the_tensors_is_used():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
-    student, teacher = (logits(4, 1000).to("cuda:1") for _ in range(2))
-    loss, gradient = loss_and_gradient(student, teacher)
-    assert loss.device == gradient.device == torch.device("cuda:1")
-    assert gradient.isfinite().all()
 
 
 # The incoming gradient.

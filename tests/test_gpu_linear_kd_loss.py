@@ -75,9 +75,15 @@ def _exact_float32_products():
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("vocab", [1000, 32003])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+# Each pair once or nearly so: a kernel takes a second to compile.
+MATCHED = [
+    (divergence, DTYPES[(i + j) % 3], (1000, 32003)[(i + j) % 2])
+    for i, divergence in enumerate(DIVERGENCES)
+    for j in range(2)
+]
+
+
+@pytest.mark.parametrize(("divergence", "dtype", "vocab"), MATCHED)
 def test_matches_reference(divergence, dtype, vocab):
     arguments = heads(67, vocab, dtype=dtype)
     labels = torch.randint(vocab, (67,), device="cuda")
@@ -132,16 +138,6 @@ def test_autocast_keeps_master_weights_gradient_in_float32():
         assert relative_error(gradient, expected[1][name]) < PRODUCTS[torch.bfloat16]
 
 
-def test_nothing_waits_for_the_device():
-    arguments, labels = leaves(heads(64, 1000)), torch.randint(1000, (64,), device="cuda")
-    kdfast.linear_kd_loss(labels=labels, **arguments, alpha=0.5, chunk_size=24).backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        kdfast.linear_kd_loss(labels=labels, **arguments, alpha=0.5, chunk_size=24).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_memory_is_a_chunk_and_the_gradients():
     rows, vocab, width = 8192, 128256, 512
     arguments = leaves(heads(rows, vocab, width, width))
@@ -164,24 +160,3 @@ def test_compiles_whole():
     torch.testing.assert_close(loss, expected[0])
     for name, gradient in expected[1].items():
         torch.testing.assert_close(tensors[name].grad, gradient)
-
-
-def test_cuda_graph():
-    arguments = leaves(heads(64, 1000))
-
-    def step():
-        loss = kdfast.linear_kd_loss(**arguments, chunk_size=24)
-        return loss, torch.autograd.grad(loss, [arguments[name] for name in NAMES])
-
-    expected = step()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, gradients = step()
-    graph.replay()
-    torch.testing.assert_close(loss, expected[0])
-    for gradient, other in zip(gradients, expected[1], strict=True):
-        torch.testing.assert_close(gradient, other)
