@@ -36,6 +36,7 @@ from kdfast.cli import augment as cli_augment
 from kdfast.trainer import BiLSTMAugmentation, TinyBERTAugmentation, WordVectors
 from kdfast.trainer.augmentation.bilstm import split_words
 from kdfast.trainer.augmentation.tinybert import STOP_WORDS
+from kdfast.trainer.augmentation.word_vectors import read_vectors
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WHOLE_WORDS = (
@@ -721,6 +722,23 @@ def test_a_file_of_word_vectors(tmp_path):
     assert WordVectors.load(path, limit=1).words == ["the"]
     assert len(WordVectors.load(path)) == 2
     assert "film" in WordVectors.load(path)
+
+
+def test_some_words_of_a_file(tmp_path):
+    path = tmp_path / "vectors.txt"
+    # Numbers that nobody asked for are not looked at.
+    path.write_text("the 3 4\nplay 1 two\nat a.com 0 2\nzero 0 0\nfilm 5 12\nfilm 9 9\n")
+    words, vectors = read_vectors(path, only={"film", "at a.com", "zero", "absent"})
+    assert words == ["at a.com", "zero", "film"]
+    # As they stand there: an embedding is no direction.
+    assert vectors.tolist() == [[0, 2], [0, 0], [5, 12]]
+    assert vectors.dtype == np.float32
+    assert read_vectors(path, only={"absent"})[0] == []
+    with pytest.raises(ValueError, match="line 2: expected 2 numbers, got 'two'"):
+        read_vectors(path, only={"play"})
+    path.write_text("the 3 4\nfilm 1\n")
+    with pytest.raises(ValueError, match="line 2: expected a word and 2 numbers, got 1 numbers"):
+        read_vectors(path, only={"film"})
 
 
 @pytest.mark.parametrize(

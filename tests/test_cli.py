@@ -21,12 +21,13 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
+    TrainerState,
 )
 
 import kdfast
 from kdfast import cli
 from kdfast.teacher_cache import TeacherCache
-from kdfast.trainer.text import mask_once
+from kdfast.trainer.text import EpochMasks, mask_once
 
 DOCUMENTS = [
     f"Document {i} says that {i} and {i} make {2 * i}, and little else." for i in range(40)
@@ -415,6 +416,39 @@ def test_masks_depend_on_the_seed_and_the_block():
     stayed = (inputs == ids)[chosen].double().mean()
     assert became_mask == pytest.approx(0.8, abs=0.03)
     assert stayed == pytest.approx(0.1, abs=0.03)
+
+
+def test_masks_depend_on_the_seed_the_epoch_and_the_block():
+    tokenizer = make_tokenizer(**SPECIAL)
+    ids = torch.randint(len(SPECIAL), len(tokenizer), (200, 50))
+    ids[:, 0] = tokenizer.eos_token_id
+    rows = [{"input_ids": row.tolist()} for row in ids]
+    masks = EpochMasks(tokenizer, 0.2, 1)
+    batch = masks(rows)
+    # Whatever is drawn in between, and whatever stands beside a block.
+    torch.manual_seed(5)
+    alone = masks(rows[7:9])
+    for name, value in batch.items():
+        assert value.dtype == torch.int64
+        assert torch.equal(alone[name], value[7:9])
+    inputs, labels = batch["input_ids"], batch["labels"]
+    chosen = labels != -100
+    assert not torch.equal(chosen[0], chosen[1])
+    assert not chosen[:, 0].any()
+    assert torch.equal(labels[chosen], ids[chosen])
+    assert torch.equal(inputs[~chosen], ids[~chosen])
+    assert chosen[:, 1:].double().mean() == pytest.approx(0.2, abs=0.012)
+    became_mask = (inputs == tokenizer.mask_token_id)[chosen].double().mean()
+    assert became_mask == pytest.approx(0.8, abs=0.03)
+
+    # Resumed in the middle of an epoch, it is that one.
+    for epoch, whole in ((2.0, 2), (2.6, 2), (3.0, 3)):
+        masks.on_epoch_begin(None, TrainerState(epoch=epoch), None)
+        assert masks.epoch == whole
+        assert not torch.equal(masks(rows)["labels"], labels)
+    masks.on_epoch_begin(None, TrainerState(epoch=0), None)
+    assert torch.equal(masks(rows)["labels"], labels)
+    assert not torch.equal(EpochMasks(tokenizer, 0.2, 2)(rows)["labels"], labels)
 
 
 def test_a_terminal_sees_how_far_a_build_is(build, monkeypatch, capsys):

@@ -2,13 +2,16 @@
 
 import argparse
 import errno
+import gc
 import importlib.util
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import datasets
@@ -24,9 +27,10 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
 )
+from transformers.utils import logging
 
 from kdfast import cli, files
-from kdfast.cli import config
+from kdfast.cli import config, run
 from kdfast.cli import distill as distill_command
 from kdfast.cli.options import Parser
 from kdfast.trainer import (
@@ -299,6 +303,9 @@ def test_resumed_behind_its_last_step_a_run_trains_no_more(settings, distill, tm
     assert_same(whole, out)
     assert_same(whole / "alone", out / "alone")
     before, after = (json.loads((f / "results.json").read_text()) for f in (whole, out))
+    # Nothing was trained, and the mean loss of no step is not 0.
+    assert before["train_loss"] > 0
+    assert not any(name.startswith("train_") for name in after)
     # Of other masks.
     assert after["eval_soft_loss"] == pytest.approx(before["eval_soft_loss"], rel=0.3)
 
@@ -374,6 +381,53 @@ def test_the_recipes_own_lstm_reads_pairs(classified, assets, distill, tmp_path,
     assert distill({**classified, **chosen}) == 0
     made = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (made["pairs"], made["embeddings"], made["vocab_size"]) == (pairs, "trained", 300)
+
+
+def test_an_lstm_begins_with_word_vectors(classified, distill, tmp_path, capsys):
+    path = tmp_path / "vectors.txt"
+    path.write_text("says 1 2 3\nmake -4 0 0.5\nzebra 0 0 1\n")
+    chosen = {"recipe": "bilstm", "temperature": None, "student": None, "vectors": str(path)}
+    chosen |= {"max_steps": 2, "report": True, "student_alone": True}
+    assert distill({**classified, **chosen}) == 0
+    assert f"2 of 300 tokens begin with a vector of {path}" in capsys.readouterr().err
+    tokenizer = make_tokenizer(**SPECIAL)
+    rows = tokenizer.convert_tokens_to_ids(["\u0120says", "\u0120make"])
+    vectors = torch.tensor([[1.0, 2, 3], [-4, 0, 0.5]])
+    out = tmp_path / "out"
+    for folder in (out, out / "alone"):
+        made = json.loads((folder / "config.json").read_text())
+        assert (made["embeddings"], made["embedding_size"]) == ("multichannel", 3)
+        found = weights(folder)
+        assert torch.equal(found["frozen_embeddings.weight"][rows], vectors)
+        assert not torch.equal(found["embeddings.weight"][rows], vectors)
+    assert cli.main(["distill", str(out / "kdfast.yaml"), "--output", str(tmp_path / "again")]) == 0
+    assert_same(out, tmp_path / "again")
+    # Another file makes another student.
+    path.rename(tmp_path / "other.txt")
+    chosen["vectors"] = str(tmp_path / "other.txt")
+    assert distill({**classified, **chosen}, "--resume") == 2
+    assert "was made with another vectors" in capsys.readouterr().err
+
+
+def test_word_vectors_that_do_not_fit(classified, distill, tmp_path, capsys):
+    path = tmp_path / "vectors.txt"
+    path.write_text("says 1 2 3\n")
+    lstm = {"model_type": "kdfast-bilstm"}
+    for changes, message in (
+        ({"vectors": "nope.txt"}, "--vectors nope.txt does not exist"),
+        ({"student": classified["student"]}, "is for a BiLSTM, and the student is a bert"),
+        ({"student": {**lstm, "embedding_size": 4}}, "vectors of 3 numbers, and the student an"),
+        ({"student": classified["teacher"]}, "--vectors is for a fresh student"),
+    ):
+        chosen = {"recipe": "bilstm", "temperature": None, "student": lstm, "vectors": str(path)}
+        assert distill({**classified, **chosen, **changes}) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert message in error
+    path.write_text("says 1 2 3\nmake 1 2\n")
+    assert distill({**classified, **chosen}) == 2
+    assert "vectors.txt, line 2: expected a word and 3 numbers" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_data_set_to_evaluate_on_needs_no_fraction(classified, assets, distill, tmp_path):
@@ -462,24 +516,45 @@ def test_projections_go_on_into_the_next_stage(settings, distill, tmp_path):
     assert distill({**rest, "stages": stages, "output": str(tmp_path / "other")}) == 0
 
 
-@pytest.mark.parametrize("moments", [(0.3,), (0.6, 0.6)])
-def test_stages_survive_being_killed(settings, assets, tmp_path, moments):
+@pytest.mark.parametrize("kind", ["masked", "classified"])
+def test_from_any_checkpoint_the_student_is_the_same(settings, classified, distill, tmp_path, kind):
+    """In an epoch, and at the end of one that is evaluated afterwards."""
+    chosen = {"masked": settings, "classified": classified}[kind]
+    chosen = {**chosen, "batch_size": 8, "max_steps": 5, "training": {"save_steps": 1}}
+    chosen |= {"learning_rate": 1e-2, "gradient_accumulation": 1 if kind == "masked" else 2}
+    assert distill(chosen) == 0
+    out, again = tmp_path / "out", tmp_path / "again"
+    state = json.loads((out / "trainer_state.json").read_text())
+    evaluated = [entry["step"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert 1 < evaluated[0] < 5
+    for step in (1, evaluated[0]):
+        again.mkdir()
+        shutil.copy(out / "kdfast.yaml", again)
+        shutil.copytree(out / f"checkpoint-{step}", again / f"checkpoint-{step}")
+        assert distill({**chosen, "output": str(again)}, "--resume") == 0
+        assert_same(out, again)
+        shutil.rmtree(again)
+
+
+def test_stages_survive_being_killed(settings, assets, tmp_path):
     """The students of a chain that was killed and resumed are those of one that was not."""
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(staged({**settings, "max_steps": 8})))
-    start = time.monotonic()
+    config.write_text(yaml.safe_dump(staged({**settings, "max_steps": 20})))
     whole = [*command(tmp_path), str(config), "--output", str(tmp_path / "whole")]
     subprocess.run(whole, check=True, capture_output=True)
-    length = time.monotonic() - start
-    for share in moments:
+    for moment in ("general/checkpoint-8", "prediction/checkpoint-2"):
         process = subprocess.Popen(
             [*command(tmp_path), str(config), "--resume"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        time.sleep(length * share)
+        while process.poll() is None and not (tmp_path / "out" / moment).exists():
+            time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.wait()
+        stage = tmp_path / "out" / moment
+        assert stage.exists()
+        assert not (stage.parent / "results.json").exists()
     subprocess.run([*command(tmp_path), str(config), "--resume"], check=True, capture_output=True)
     for stage in ("general", "prediction"):
         assert_same(tmp_path / "whole" / stage, tmp_path / "out" / stage)
@@ -541,6 +616,8 @@ def command(tmp_path: Path) -> list[str]:
             "objective: Logits must have a mapping of settings, got 3",
         ),
         ({"teacher_weights": [1, 2]}, "--teacher-weights: there is one teacher"),
+        ({"offload": "disk"}, "--offload disk: there is one teacher"),
+        ({"offload": "gpu"}, "--offload: invalid choice: 'gpu'"),
         ({"recipe": "truncated", "k": 301}, "k must be at most the teacher's 300 columns, got 301"),
         ({"text_column": False}, "text_column must be a value, got False"),
         ({"report": "on it"}, "report must be true or false, got 'on it'"),
@@ -620,6 +697,100 @@ def test_classifiers_that_do_not_fit(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (
+            {"objective": [{"HiddenMSE": {"layers": {0: 5}}}]},
+            "HiddenMSE: layers names layer 5 of the teacher, which has 2 (0 to 1)",
+        ),
+        (
+            {"objective": [{"AttentionMSE": {"layers": {1: 0}}}]},
+            "AttentionMSE: layers names layer 1 of the student, which has 1 (0 to 0)",
+        ),
+        (
+            {"objective": [{"HiddenMSE": {"projection": "none"}}]},
+            "projection must not be 'none' between a student of width 8 and a teacher of width 16",
+        ),
+        ({"objective": [{"HiddenCosine": {}}]}, "must have one width, got (8, 16)"),
+        (
+            {"objective": [{"AttentionMSE": {"head_map": [[1, 0, 0]]}}]},
+            "head_map must be [2, 2], the models' heads, got [1, 3]",
+        ),
+        (
+            {"recipe": "tinybert_intermediate", "training": {"torch_compile": True}},
+            "training.torch_compile hides the student's inside",
+        ),
+        (
+            # Of whose attention nothing can be seen.
+            {
+                "recipe": "tinybert_general",
+                "student": {
+                    "model_type": "mpnet",
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "hidden_size": 8,
+                },
+            },
+            "MPNetForMaskedLM does not route its attention",
+        ),
+        ({"recipe": "hinton", "text_column": "body"}, "rows.jsonl has no column 'body'"),
+    ],
+)
+def test_a_later_stages_inside_is_looked_at_before_the_first_trains(
+    settings, assets, distill, tmp_path, capsys, stage, message
+):
+    rest = {k: v for k, v in settings.items() if k not in ("recipe", "temperature")}
+    if "text_column" in stage:
+        stage = {**stage, "dataset": [str(assets / "rows.jsonl")]}
+    stages = [{"name": "first", "recipe": "hinton"}, {"name": "later", **stage}]
+    assert distill({**rest, "stages": stages}) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("kdfast: error: stage later: ")
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_later_stages_cache_is_looked_at_before_the_first_trains(
+    settings, distill, tmp_path, capsys
+):
+    flags = {"k": 4, "output": str(tmp_path / "kept"), "eval_fraction": 0.2, "device": "cpu"}
+    files = {"teacher": settings["teacher"], "dataset": settings["dataset"]}
+    assert cli.main(["cache", "build", *flags_of({**files, **flags})]) == 0
+    later = {"name": "later", "teacher_cache": flags["output"], "recipe": "truncated", "k": 5}
+    rest = {k: v for k, v in settings.items() if k not in ("recipe", "temperature", "teacher")}
+    first = {"name": "first", "recipe": "hinton", "teacher": settings["teacher"]}
+    capsys.readouterr()
+    assert distill({**rest, "stages": [first, later]}) == 2
+    assert "stage later: k must be at most the teacher cache's, 4, got 5" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_log_file_has_lines_and_a_terminal_bars(settings, distill, tmp_path, monkeypatch, capsys):
+    assert distill({**staged(settings), "logging_steps": 1}) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert re.match(
+        r"general, step 1 of 3, epoch [\d.]+: loss [\d.e-]+, .*attention_loss ", lines[0]
+    )
+    evaluated = [line for line in lines if "eval_soft_loss" in line]
+    assert [line.partition(",")[0] for line in evaluated] == ["prediction"]
+    assert lines[-1] == f"student saved to {tmp_path / 'out' / 'prediction'}"
+    assert not set("\r{%") & set(out + err)
+
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    watched = {**settings, "output": str(tmp_path / "watched")}
+    assert distill(watched) == 0
+    out, err = capsys.readouterr()
+    assert "100%|" in err
+    monkeypatch.undo()
+    # Where a run was watched from is no setting of it.
+    assert distill(watched, "--resume") == 0
+    assert "is finished" in capsys.readouterr().out
+
+
 def test_a_report_needs_matplotlib_before_work(settings, distill, tmp_path, monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -675,6 +846,57 @@ def test_a_report_compares_three_models(settings, distill, tmp_path):
         assert results[f"{name}_perplexity"] > 1
     assert (tmp_path / "out" / "alone" / "model.safetensors").is_file()
     assert (tmp_path / "out" / "report.png").is_file()
+
+
+@pytest.fixture
+def teachers(settings, tmp_path) -> list[str]:
+    """Two of them, of which the second is another."""
+    shutil.copytree(settings["teacher"], tmp_path / "second")
+    config = BertConfig.from_pretrained(settings["teacher"])
+    BertForMaskedLM(config).save_pretrained(tmp_path / "second")
+    return [settings["teacher"], str(tmp_path / "second")]
+
+
+def test_several_teachers_take_turns(settings, distill, teachers, tmp_path, monkeypatch, capsys):
+    alive, before = weakref.WeakSet(), []
+    load = run.load_model
+
+    def counted(owner: str, *args: object) -> torch.nn.Module:
+        if owner == "teacher":
+            # Without a collection of garbage: a teacher goes when its turn is over.
+            before.append(len(alive))
+            # A bar for each would be one in every step.
+            assert logging.is_progress_bar_enabled() == (offload != "disk")
+        model = load(owner, *args)
+        if owner == "teacher":
+            alive.add(model)
+        return model
+
+    monkeypatch.setattr(run, "load_model", counted)
+    # As on a terminal.
+    monkeypatch.setattr(distill_command, "silence_libraries", logging.enable_progress_bar)
+    ensemble = {**settings, "teacher": teachers, "teacher_weights": [1, 3]}
+    for offload in (None, "cpu", "disk"):
+        before.clear()
+        output = {"offload": offload, "output": str(tmp_path / str(offload))}
+        assert distill({**ensemble, **output}) == 0
+        assert resolved(tmp_path / str(offload)).get("offload") == offload
+        if offload != "disk":
+            assert before == [0, 1]
+            del output
+            gc.collect()
+            assert not alive
+            continue
+        # Twice to look at them, and in every step and evaluation.
+        assert len(before) > 2 * 3
+        assert set(before) == {0}
+        assert not alive
+        assert_same(tmp_path / "None", tmp_path / "disk")
+    assert_same(tmp_path / "None", tmp_path / "cpu")
+    # Where teachers wait makes no other student.
+    again = {**ensemble, "output": str(tmp_path / "disk")}
+    assert distill(again, "--resume") == 0
+    assert "is finished" in capsys.readouterr().out
 
 
 def test_several_teachers(settings, distill, assets, tmp_path):

@@ -19,6 +19,7 @@ from training import (
     trainer_of,
 )
 from transformers import (
+    BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     DistilBertConfig,
@@ -245,6 +246,35 @@ def test_callables_are_in_memory_one_at_a_time(make_trainer):
     assert_same_gradients(found, gradients(make_trainer(student, held, [Logits()]), batch))
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("wait", ["disk", "cpu"])
+def test_teachers_that_wait_change_no_bit(make_trainer, tmp_path, wait):
+    for number, size in enumerate([(16, 1), (12, 2)]):
+        bert(*size).save_pretrained(tmp_path / str(number))
+
+    def load(number: int) -> nn.Module:
+        # What a loader draws is not missing where the student drops out.
+        torch.rand(7)
+        return BertForMaskedLM.from_pretrained(tmp_path / str(number))
+
+    def step(ensemble: Ensemble) -> tuple[Tensor, dict[str, Tensor]]:
+        trainer = make_trainer(copy.deepcopy(student), ensemble, [Logits(0.7), HardLabels(0.3)])
+        torch.manual_seed(1)
+        trainer.model.train()
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        loss.backward()
+        return loss.detach(), gradients_of(trainer.model)
+
+    student = bert(8, 1, hidden_dropout_prob=0.3)
+    batch = default_data_collator(padded_rows(4, labels=True))
+    expected, gradients_expected = step(Ensemble([load(0), load(1)], weights=[1, 3]))
+    members = [partial(load, i) if wait == "disk" else load(i) for i in range(2)]
+    found, gradients_found = step(Ensemble(members, weights=[1, 3], offload=wait == "cpu"))
+    assert torch.equal(found, expected)
+    assert gradients_found.keys() == gradients_expected.keys()
+    for name, gradient in gradients_expected.items():
+        assert torch.equal(gradients_found[name], gradient), name
 
 
 def test_callables_inputs_reach_them(make_trainer):

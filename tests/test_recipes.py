@@ -29,6 +29,7 @@ from transformers import (
     default_data_collator,
 )
 
+import kdfast.trainer
 from kdfast.teacher_cache import build_cache
 from kdfast.trainer import (
     RECIPES,
@@ -40,12 +41,10 @@ from kdfast.trainer import (
     Logits,
     Objective,
     TruncatedLogits,
-    initialise_from_teacher,
-    recipes,
-)
-from kdfast.trainer.recipes import (
     bilstm,
     distilbert,
+    initialise_from_teacher,
+    recipes,
     tinybert_general,
     tinybert_intermediate,
     tinybert_prediction,
@@ -404,6 +403,11 @@ def test_distilbert_begins_with_the_teachers_layers():
             rtol=0,
             atol=0,
         )
+
+
+def test_every_recipe_is_a_public_name():
+    assert {name: getattr(kdfast.trainer, name) for name in RECIPES} == RECIPES
+    assert RECIPES.keys() <= set(kdfast.trainer.__all__)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -30,8 +30,8 @@ from kdfast.trainer import (
     LogitMSE,
     Logits,
     TruncatedLogits,
+    tinybert_intermediate,
 )
-from kdfast.trainer.recipes import tinybert_intermediate
 
 CLASSES = 3
 

@@ -40,7 +40,7 @@ RIVALS = {
     "recipe": ("objective",),
     "objective": ("recipe",),
     "teacher": ("teacher_cache", "teacher_weights"),
-    "teacher_cache": ("teacher", "teacher_weights"),
+    "teacher_cache": ("teacher", "teacher_weights", "offload"),
     "fp16": ("bf16",),
     "bf16": ("fp16",),
 }

@@ -78,11 +78,23 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         help="of several teachers (default: equal)",
     )
     add(
+        "--offload",
+        choices=("cpu", "disk"),
+        help="where several teachers wait for their turn in every step: on the CPU, one of them on "
+        "the device at a time, or on the disk, one of them in memory at a time",
+    )
+    add(
         "--student",
         type=Path,
         metavar="PATH|CONFIG",
         help="a checkpoint, or a config (file or directory) for a fresh student (default: the "
         "recipe's)",
+    )
+    add(
+        "--vectors",
+        type=Path,
+        metavar="FILE",
+        help="begin a fresh BiLSTM's embeddings with these: GloVe's text format",
     )
     add(
         "--initialise",

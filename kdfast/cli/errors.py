@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import sys
 from collections.abc import Iterator
 from logging import CRITICAL
 
@@ -46,7 +45,9 @@ def silence_libraries() -> None:
     # Loading bars that nobody watches are noise, and would stand beside an error's one line.
     import datasets
 
-    if not sys.stderr.isatty():
+    from kdfast.cli.progress import on_terminal
+
+    if not on_terminal():
         from transformers.utils import logging
 
         datasets.disable_progress_bars()

@@ -76,7 +76,7 @@ def load_config(owner: str, path: Path) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     # Makes the BiLSTM known to the auto classes.
-    import kdfast.trainer.bilstm  # noqa: F401
+    import kdfast.trainer.lstm  # noqa: F401
 
     with reporting(f"cannot load the {owner}'s config from {path}"):
         config = AutoConfig.from_pretrained(path, local_files_only=True)
@@ -236,7 +236,7 @@ def is_for(config: PreTrainedConfig, task: str) -> bool:
     """Whether a checkpoint's config names an architecture of the task."""
     from transformers.models.auto import modeling_auto
 
-    from kdfast.trainer.bilstm import BiLSTMForSequenceClassification
+    from kdfast.trainer.lstm import BiLSTMForSequenceClassification
 
     table = f"MODEL_FOR_{task.replace('-', '_').upper()}_MAPPING_NAMES"
     names = {*getattr(modeling_auto, table).values()}

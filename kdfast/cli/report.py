@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
 from kdfast.cli.errors import reporting
+from kdfast.cli.progress import print_lines
 from kdfast.trainer.checkpoints import WholeCheckpoints, last_checkpoint
 from kdfast.trainer.report import ReportedModel, write_report
 
@@ -23,12 +24,21 @@ if TYPE_CHECKING:
 ALONE = "alone"
 
 
-def results_of(trainer: DistillationTrainer) -> dict[str, float]:
-    """The last that training and evaluation said of themselves."""
+def results_of(trainer: DistillationTrainer, *, resumed: bool) -> dict[str, float]:
+    """The last that training and evaluation said of themselves.
+
+    Args:
+        resumed: whether training went on from a checkpoint. Its mean loss, time and speed are then
+            left out: transformers takes them of what came after, as if that had been all.
+    """
     results: dict[str, float] = {}
     for entry in trainer.state.log_history:
         results.update(entry)
-    return {name: value for name, value in results.items() if name not in ("step", "epoch")}
+    return {
+        name: value
+        for name, value in results.items()
+        if name not in ("step", "epoch") and not (resumed and name.startswith("train_"))
+    }
 
 
 def train_alone(
@@ -38,6 +48,7 @@ def train_alone(
     arguments = copy.copy(trainer.args)
     arguments.output_dir = str(Path(trainer.args.output_dir, ALONE))
     alone = _plain(student, arguments, prepared, trainer.optimizer_cls_and_kwargs)
+    print_lines(alone, ALONE)
     alone.train(resume_from_checkpoint=last_checkpoint(arguments.output_dir))
     alone.save_model()
     alone.save_state()
@@ -58,6 +69,7 @@ def _plain(
             eval_dataset=prepared.held_out,
             data_collator=prepared.collator,
             compute_metrics=prepared.compute_metrics,
+            callbacks=[*prepared.callbacks],
             optimizer_cls_and_kwargs=optimizer,
         )
     # Some models take a divisor for their loss and leave it unused, and Trainer leaves it to them.
@@ -68,9 +80,10 @@ def _plain(
 
 def _score(model: PreTrainedModel, arguments: TrainingArguments, prepared: Prepared) -> float:
     """The task's metric on the held-out part."""
-    # The same masks for every model.
-    set_seed(arguments.seed)
-    metrics = _plain(model, arguments, prepared).evaluate()
+    evaluation = _plain(model, arguments, prepared)
+    # The report says it.
+    evaluation.remove_callback(PrinterCallback)
+    metrics = evaluation.evaluate()
     if prepared.metric == "perplexity":
         return math.exp(metrics["eval_loss"])
     return metrics[f"eval_{prepared.metric}"]

@@ -23,6 +23,7 @@ LASTING = (
     "teacher_weights",
     "student",
     "initialise",
+    "vectors",
     "dataset",
     "eval_dataset",
     "task",
@@ -37,7 +38,7 @@ LASTING = (
 )
 
 # What makes no other student.
-PASSING = ("output", "versions")
+PASSING = ("output", "versions", "offload")
 
 
 class Before:

@@ -7,8 +7,10 @@ import copy
 import inspect
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,6 @@ import torch
 import transformers
 import yaml
 from transformers import (
-    DataCollatorForLanguageModeling,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,6 +31,7 @@ from kdfast import files
 from kdfast.cli import config
 from kdfast.cli.errors import CommandError, need, reason_of, reporting
 from kdfast.cli.inputs import (
+    AUTO_CLASSES,
     Data,
     architecture_for,
     cached_tokenizer,
@@ -48,6 +50,7 @@ from kdfast.cli.inputs import (
     teachers_tokenizer,
 )
 from kdfast.cli.options import DEFAULT_SEED, LANGUAGE_TASKS, check_device
+from kdfast.cli.progress import no_loading_bars, on_terminal, print_lines
 from kdfast.cli.report import results_of, train_alone, write_comparison
 from kdfast.cli.resume import RESULTS, Before
 from kdfast.cli.students import student_config
@@ -60,13 +63,18 @@ from kdfast.cli.tasks import (
 )
 from kdfast.trainer import (
     RECIPES,
+    BiLSTMConfig,
     DistillationTrainer,
     Ensemble,
     Objective,
     Recipe,
     TruncatedLogits,
     initialise_from_teacher,
+    token_vectors,
 )
+from kdfast.trainer.cached import fitted
+from kdfast.trainer.features import FeatureLoss, FeatureTerm
+from kdfast.trainer.text import EpochMasks
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -116,6 +124,7 @@ class Run:
             settings.seed = DEFAULT_SEED
         check_device(settings.device)
         self.cache: TeacherCache | None = None
+        self.vectors: tuple[torch.Tensor, torch.Tensor] | None = None
         if settings.teacher_cache is not None:
             self.cache = open_cache(settings.teacher_cache)
             _take_data_from(self.cache, settings)
@@ -163,9 +172,11 @@ class Run:
                 processing_class=self.tokenizer,
                 data_collator=prepared.collator,
                 compute_metrics=prepared.compute_metrics,
+                callbacks=[*prepared.callbacks],
                 optimizer_cls_and_kwargs=self.optimizer,
             )
             self._take_projections(trainer)
+        print_lines(trainer, settings.name or "")
         trainer.beside = {config.FILE: self.text}
         main = trainer.is_world_process_zero()
         try:
@@ -174,7 +185,7 @@ class Run:
             trainer.train(resume_from_checkpoint=self.checkpoint)
             trainer.save_model()
             trainer.save_state()
-            results = results_of(trainer)
+            results = results_of(trainer, resumed=self.checkpoint is not None)
             if settings.report:
                 alone = None if untrained is None else train_alone(untrained, trainer, prepared)
                 results |= write_comparison(trainer, prepared, alone)
@@ -214,6 +225,8 @@ class Run:
             check_model("student", settings.student)
         check_dataset(settings.dataset)
         check_dataset(settings.eval_dataset or (), "--eval-dataset")
+        if settings.vectors is not None:
+            check_dataset([settings.vectors], "--vectors")
 
     def _check_flags(self) -> None:
         """Those that go with others."""
@@ -230,6 +243,8 @@ class Run:
                 f"--teacher-weights: there are {teachers} teachers, and "
                 f"{len(settings.teacher_weights)} weights"
             )
+        if settings.offload is not None and teachers < 2:
+            raise CommandError(f"--offload {settings.offload}: there is one teacher")
         if settings.student_alone and not settings.report:
             raise CommandError("--student-alone is for --report")
         if settings.student_alone and self.former is not None:
@@ -242,11 +257,14 @@ class Run:
                 raise CommandError("--report compares with one teacher: pass one --teacher")
         if self.recipe.objective.features and teachers != 1:
             raise CommandError("the objective looks inside the teacher: pass one --teacher")
-        asked = settings.initialise not in (None, False)
-        if asked and self.former is None and not self._is_fresh():
-            raise CommandError(
-                f"--initialise is for a fresh student, and --student {settings.student} has weights"
-            )
+        for flag, asked in (
+            ("--initialise", settings.initialise not in (None, False)),
+            ("--vectors", settings.vectors is not None),
+        ):
+            if asked and self.former is None and not self._is_fresh():
+                raise CommandError(
+                    f"{flag} is for a fresh student, and --student {settings.student} has weights"
+                )
         if self._initialises() and teachers != 1:
             raise CommandError("--initialise takes the layers of one teacher: pass one --teacher")
 
@@ -271,9 +289,16 @@ class Run:
             raise CommandError("--report needs labels: pass --label-column")
 
     def _check_objective(self) -> None:
-        """What would come to light with the first batch."""
-        soft, task = self.recipe.objective.soft, self.data.task
-        if soft is None or self.cache is not None:
+        """What would come to light with the models, or with the first batch."""
+        objective, task = self.recipe.objective, self.data.task
+        if objective.features:
+            self._check_features(objective.features)
+        if self.cache is not None:
+            with reporting():
+                fitted(objective, self.cache)
+            return
+        soft = objective.soft
+        if soft is None:
             return
         if self.prepared.student_settings.get("problem_type") == "regression":
             raise CommandError(
@@ -292,6 +317,21 @@ class Run:
         truncated = isinstance(soft, TruncatedLogits) and soft.draws is None
         if truncated and classes is not None and soft.k > classes:
             raise CommandError(f"k must be at most the teacher's {classes} columns, got {soft.k}")
+
+    def _check_features(self, terms: Sequence[FeatureTerm]) -> None:
+        """That both models have what the terms compare."""
+        if self.chosen_arguments.get("torch_compile"):
+            raise CommandError(
+                "training.torch_compile hides the student's inside, at which the objective looks"
+            )
+        auto = getattr(transformers, AUTO_CLASSES[self.data.task])
+        # Models without their weights.
+        with reporting("objective"), torch.device("meta"):
+            student, teacher = (
+                auto.from_config(copy.deepcopy(model_config))
+                for model_config in (self.student_config, *self.teacher_configs)
+            )
+            FeatureLoss(terms, student, teacher)
 
     def _recipe(self) -> Recipe:
         settings = self.settings
@@ -362,7 +402,7 @@ class Run:
         settings = self.settings
         with reporting():
             return TrainingArguments(
-                **self.chosen_arguments,
+                **{"disable_tqdm": not on_terminal(), **self.chosen_arguments},
                 output_dir=str(settings.output),
                 seed=settings.seed,
                 use_cpu=settings.device == "cpu",
@@ -413,10 +453,13 @@ class Run:
                 teachers[0] if teachers else None,
                 len(tokenizer),
                 pairs=settings.text_pair_column is not None and _tells_apart(tokenizer),
+                vectors=settings.vectors is not None,
             )
             if isinstance(settings.student, Path):
                 own = load_tokenizer("student", settings.student)
         tokenizer = students_tokenizer(own, student.vocab_size, tokenizer)
+        if settings.vectors is not None and self._is_fresh():
+            self._read_vectors(student, tokenizer)
         # The order of cached blocks and their masks are the cache's; training has its own seed.
         seed = settings.seed if cache is None else cache.manifest["data"]["seed"]
         data = settle_data(settings, seed, tokenizer, student, *teachers)
@@ -438,6 +481,24 @@ class Run:
             if cache is None
             else cache.vocab_size
         )
+
+    def _read_vectors(self, student: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """What the student's embeddings begin with; they are as wide, if nothing else is said."""
+        path, chosen = self.settings.vectors, self.settings.student
+        if not isinstance(student, BiLSTMConfig):
+            raise CommandError(
+                f"--vectors is for a BiLSTM, and the student is a {student.model_type}"
+            )
+        with reporting("--vectors"):
+            self.vectors = token_vectors(tokenizer, path)
+        width = self.vectors[1].shape[1]
+        if chosen is None or (isinstance(chosen, Mapping) and "embedding_size" not in chosen):
+            student.embedding_size = width
+        if student.embedding_size != width:
+            raise CommandError(
+                f"--vectors {path} has vectors of {width} numbers, and the student an "
+                f"embedding_size of {student.embedding_size}"
+            )
 
     def _prepare_rows(self) -> Prepared:
         settings, data, (first, *others) = self.settings, self.data, self.teacher_configs
@@ -477,14 +538,13 @@ class Run:
 
     def _prepare_blocks(self, data: Data, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         train, held_out = load_blocks(self.settings.dataset, data, tokenizer)
-        collator = default_data_collator
+        collator, callbacks = default_data_collator, ()
         if self.cache is not None:
             train, held_out = fixed_blocks(train, held_out, data, tokenizer)
             train, held_out = _attach(self.cache, train, held_out)
         elif data.task == "masked-lm":
-            collator = DataCollatorForLanguageModeling(
-                tokenizer, mlm_probability=data.mlm_probability
-            )
+            collator = EpochMasks(tokenizer, data.mlm_probability, data.seed)
+            callbacks = (collator,)
         return Prepared(
             train=train,
             held_out=held_out,
@@ -493,6 +553,7 @@ class Run:
             greater_is_better=False,
             compute_metrics=None,
             student_settings={},
+            callbacks=callbacks,
         )
 
     def _teacher(self) -> PreTrainedModel | Ensemble | None:
@@ -500,17 +561,27 @@ class Run:
         if self.cache is not None:
             return None
         load = load_model if task in LANGUAGE_TASKS else load_classifier
-        models = [
-            load("teacher", path, model_config, task)
+        loaders = [
+            partial(load, "teacher", path, model_config, task)
             for path, model_config in zip(settings.teacher, self.teacher_configs, strict=True)
         ]
-        if len(models) == 1:
-            return models[0]
+        if len(loaders) == 1:
+            return loaders[0]()
         vocab_size = None
         if task in LANGUAGE_TASKS:
             vocab_size = min(model_config.vocab_size for model_config in self.teacher_configs)
+        if settings.offload == "disk":
+            # Each is called whenever its teacher's turn comes.
+            members = [no_loading_bars()(load) for load in loaders]
+        else:
+            members = [load() for load in loaders]
         with reporting():
-            return Ensemble(models, weights=settings.teacher_weights, vocab_size=vocab_size)
+            return Ensemble(
+                members,
+                weights=settings.teacher_weights,
+                vocab_size=vocab_size,
+                offload=settings.offload == "cpu",
+            )
 
     def _student(self, teacher: PreTrainedModel | Ensemble | None) -> PreTrainedModel:
         settings, task = self.settings, self.data.task
@@ -520,6 +591,14 @@ class Run:
             student = load_model("student", path, own, task)
         else:
             student = load_classifier("student", path, own, task, self.prepared.student_settings)
+        if self.vectors is not None:
+            tokens, vectors = self.vectors
+            print(
+                f"kdfast: {len(tokens)} of {len(self.tokenizer)} tokens begin with a vector of "
+                f"{settings.vectors}",
+                file=sys.stderr,
+            )
+            student.load_embeddings(vectors, tokens)
         if self._initialises():
             with reporting("cannot initialise the student"):
                 initialise_from_teacher(student, teacher, settings.initialise or None)
@@ -548,7 +627,9 @@ class Run:
             "teacher": settings.teacher,
             "teacher_cache": settings.teacher_cache,
             "teacher_weights": settings.teacher_weights,
+            "offload": settings.offload,
             "student": settings.student or own_student,
+            "vectors": None if self.vectors is None else settings.vectors,
             "initialise": self._initialises() and (settings.initialise or True),
             "dataset": settings.dataset,
             "eval_dataset": settings.eval_dataset,
@@ -578,9 +659,13 @@ class Run:
 
     def _training_settings(self, arguments: TrainingArguments) -> dict[str, object]:
         """What was chosen, be it the default too, and what comes of it."""
+        # Bars are a matter of where it runs.
+        same = {
+            name: getattr(arguments, name) for name in ("output_dir", "use_cpu", "disable_tqdm")
+        }
         # As the arguments were made: some defaults depend on how much is to be logged.
         with reporting():
-            defaults = TrainingArguments(output_dir=arguments.output_dir, use_cpu=arguments.use_cpu)
+            defaults = TrainingArguments(**same)
         own, other = arguments.to_dict(), defaults.to_dict()
         names = [
             field.name

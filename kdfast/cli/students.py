@@ -34,6 +34,7 @@ def student_config(
     vocab_size: int,
     *,
     pairs: bool,
+    vectors: bool,
 ) -> PreTrainedConfig:
     """The config of a student, which reads what its teacher reads.
 
@@ -43,6 +44,7 @@ def student_config(
         teacher: None of a teacher cache.
         vocab_size: the tokens there are, where there is no teacher.
         pairs: whether texts come in pairs.
+        vectors: whether there are pretrained embeddings, for a BiLSTM's second channel.
     """
     if isinstance(chosen, Path):
         return load_config("student", chosen)
@@ -53,8 +55,9 @@ def student_config(
             settings.pop(name, None)
         default = type(prescribed)()
         if isinstance(prescribed, BiLSTMConfig):
-            # There is no table of pretrained embeddings for the second channel.
-            settings |= {"embeddings": "trained", "pairs": pairs}
+            settings["pairs"] = pairs
+            if not vectors:
+                settings["embeddings"] = "trained"
     else:
         settings, default = dict(chosen), _default(chosen)
     known = {name: getattr(teacher, name, None) for name in FROM_TEACHER}

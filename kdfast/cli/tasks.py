@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainerCallback,
 )
 
 from kdfast.cli.errors import CommandError, reporting
@@ -67,6 +68,7 @@ class Prepared:
         greater_is_better: whether a larger one is a better one.
         compute_metrics: of `transformers.Trainer`; None for the loss alone.
         student_settings: what a student's config has to say of the classes.
+        callbacks: of `transformers.Trainer`, that the collator needs.
     """
 
     train: Dataset
@@ -76,6 +78,7 @@ class Prepared:
     greater_is_better: bool
     compute_metrics: Metrics | None
     student_settings: dict[str, object]
+    callbacks: tuple[TrainerCallback, ...] = ()
 
 
 def prepare(

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import Trainer
@@ -110,6 +111,15 @@ class WholeCheckpoints(Trainer):
         if self.args.eval_strategy == IntervalStrategy.EPOCH and not evaluated:
             # A checkpoint in the middle of the epoch was written before its evaluation.
             self._evaluate(trial, ignore_keys_for_eval)
+
+    def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
+        """`Trainer.evaluate`, which leaves training its random numbers.
+
+        A data loader draws one when it begins. A training that is resumed from a checkpoint at the
+        end of an epoch does not evaluate that epoch again.
+        """
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
 
     def _get_output_dir(self, trial: object) -> str:
         directory = super()._get_output_dir(trial)

@@ -33,7 +33,8 @@ class Ensemble(nn.Module):
     Args:
         members: the teachers. A callable is called when its turn comes in each forward pass, and
             what it made is let go of afterwards: of callables alone, one teacher is in memory at a
-            time. It is also called once now, to see the inputs of what it makes.
+            time. It is also called once now, to see the inputs of what it makes. The random numbers
+            that it draws are drawn for it alone: what trains sees the same ones as without it.
         weights: of the members, above 0; they are divided by their sum. None takes the mean.
         vocab_size: the columns that exist, where members have others behind them as padding.
         offload: leave the members on the CPU, and move each to the inputs' device for its turn: one
@@ -121,7 +122,9 @@ class Ensemble(nn.Module):
     def _present(self, member: Member, device: torch.device | None) -> Iterator[nn.Module]:
         """A member as a model for its turn; on `device`, where it does not move with the rest."""
         if not isinstance(member, nn.Module):
-            model = member()
+            devices = [device] if device is not None and device.type == "cuda" else []
+            with torch.random.fork_rng(devices):
+                model = member()
             if not isinstance(model, nn.Module):
                 raise TypeError(
                     f"a member that is a callable must make a model, got {type(model).__name__}"

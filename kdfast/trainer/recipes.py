@@ -7,8 +7,8 @@ import torch
 from transformers import BertConfig, DistilBertConfig, PreTrainedConfig
 
 from kdfast.ops.arguments import check_number
-from kdfast.trainer.bilstm import BiLSTMConfig
 from kdfast.trainer.features import AttentionMSE, EmbeddingMSE, HiddenCosine, HiddenMSE
+from kdfast.trainer.lstm import BiLSTMConfig
 from kdfast.trainer.objective import (
     HardLabels,
     LogitMSE,

@@ -1,14 +1,23 @@
 """Text files into blocks of tokens."""
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 _READERS = {
     ".txt": Dataset.from_text,
@@ -161,19 +170,82 @@ def mask_once(
     Example:
         >>> masked = mask_once(pack(documents, tokenizer, 512, masked=True), tokenizer, 0.15, 42)
     """
-    mask_token, vocab_size = tokenizer.mask_token_id, len(tokenizer)
 
     def mask(row: dict[str, list[int]], number: int) -> dict[str, np.ndarray]:
-        random = np.random.default_rng((seed, start + number))
-        ids = np.array(row["input_ids"])
-        chosen = random.random(len(ids)) < probability
-        chosen &= np.array(row["special_tokens_mask"]) == 0
-        fate = random.random(len(ids))
-        others = random.integers(vocab_size, size=len(ids))
-        masked = np.where(fate < 0.8, mask_token, np.where(fate < 0.9, others, ids))
-        return {
-            "input_ids": np.where(chosen, masked, ids),
-            "labels": np.where(chosen, ids, -100),
-        }
+        special = np.array(row["special_tokens_mask"]) == 1
+        seeds = (seed, start + number)
+        return _mask(np.array(row["input_ids"]), special, tokenizer, probability, seeds)
 
     return blocks.map(mask, with_indices=True, remove_columns=["special_tokens_mask"])
+
+
+class EpochMasks(TrainerCallback):
+    """A data collator that masks blocks for masked language models, in every epoch anew.
+
+    As `mask_once` does it, but by the seed, the epoch and the block's own tokens. So the masks are
+    nobody else's random numbers: a training that is resumed has those of one that was not, which
+    `transformers.DataCollatorForLanguageModeling` has not, and neither the batch nor the number of
+    processes changes them. Blocks of the same tokens have the same masks.
+
+    It learns the epoch as one of the trainer's callbacks. Persistent workers of a data loader
+    (`dataloader_persistent_workers`) do not see it change.
+
+    Args:
+        tokenizer: with a mask token.
+        probability: of each token that is not special to be chosen.
+        seed: of the masks.
+
+    Example:
+        >>> masks = EpochMasks(tokenizer, 0.15, 42)
+        >>> DistillationTrainer(..., data_collator=masks, callbacks=[masks])
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float, seed: int) -> None:
+        self.tokenizer = tokenizer
+        self.probability = probability
+        self.seed = seed
+        self.epoch = 0
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        # Resumed within an epoch, it is a fraction of one.
+        self.epoch = int(state.epoch or 0)
+
+    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+        """A batch of `input_ids` and `labels`, `[B, S]` int64, of rows with `input_ids`."""
+        masked = []
+        for row in rows:
+            ids = np.asarray(row["input_ids"], dtype=np.int64)
+            digest = blake2b(ids.tobytes(), digest_size=8).digest()
+            seeds = (self.seed, self.epoch, int.from_bytes(digest, "little"))
+            # Trainer hands on no column that no model names, `special_tokens_mask` among them.
+            special = np.isin(ids, self.tokenizer.all_special_ids)
+            masked.append(_mask(ids, special, self.tokenizer, self.probability, seeds))
+        return {
+            name: torch.from_numpy(np.stack([row[name] for row in masked]))
+            for name in ("input_ids", "labels")
+        }
+
+
+def _mask(
+    ids: np.ndarray,
+    special: np.ndarray,
+    tokenizer: PreTrainedTokenizerBase,
+    probability: float,
+    seeds: tuple[int, ...],
+) -> dict[str, np.ndarray]:
+    """BERT's masks of one block, which the seeds determine."""
+    random = np.random.default_rng(seeds)
+    chosen = (random.random(len(ids)) < probability) & ~special
+    fate = random.random(len(ids))
+    others = random.integers(len(tokenizer), size=len(ids))
+    masked = np.where(fate < 0.8, tokenizer.mask_token_id, np.where(fate < 0.9, others, ids))
+    return {
+        "input_ids": np.where(chosen, masked, ids),
+        "labels": np.where(chosen, ids, -100),
+    }

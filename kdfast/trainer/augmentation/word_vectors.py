@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,11 +71,7 @@ class WordVectors:
 
     @classmethod
     def load(cls, path: str | Path, *, limit: int = DEFAULT_LIMIT) -> WordVectors:
-        """Read GloVe's text format: a line is a word and its numbers, with spaces between.
-
-        A first line of two numbers, as word2vec and fastText write it, is skipped, and so is
-        `<unk>`. Of a word that is there twice the first vector counts. A word may hold spaces, as
-        some of GloVe's do.
+        """Read a file as `read_vectors` does.
 
         Args:
             path: the file, UTF-8.
@@ -85,30 +81,59 @@ class WordVectors:
             ValueError: naming the file, the line and what is wrong with it.
         """
         check_count("limit", limit)
-        path = Path(path)
-        rows: dict[str, int] = {}
-        numbers = array("f")
-        dimension = None
-        with path.open(encoding="utf-8", newline="\n") as lines:
-            try:
-                for number, line in enumerate(lines, 1):
-                    items = line.rstrip("\r\n ").split(" ")
-                    if number == 1 and len(items) == 2 and all(map(str.isdecimal, items)):
-                        limit += 1
-                        continue
-                    if number > limit:
-                        break
-                    if dimension is None:
-                        dimension = len(items) - 1
-                    word, vector = _parse(items, dimension, f"{path}, line {number}")
-                    if word != "<unk>" and word not in rows:
-                        rows[word] = len(rows)
-                        numbers.frombytes(vector.tobytes())
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from error
-        if not rows:
+        words, vectors = read_vectors(path, limit=limit)
+        if not words:
             raise ValueError(f"{path} holds no word vectors")
-        return cls(list(rows), np.frombuffer(numbers, np.float32).reshape(len(rows), dimension))
+        return cls(words, vectors)
+
+
+def read_vectors(
+    path: str | Path, *, limit: float = math.inf, only: Container[str] | None = None
+) -> tuple[list[str], np.ndarray]:
+    """Read GloVe's text format: a line is a word and its numbers, with spaces between.
+
+    A first line of two numbers, as word2vec and fastText write it, is skipped, and so is `<unk>`.
+    Of a word that is there twice the first vector counts. A word may hold spaces, as some of
+    GloVe's do.
+
+    Args:
+        path: the file, UTF-8.
+        limit: read no more than so many lines.
+        only: the words to keep; numbers of others are not looked at. None keeps all.
+
+    Returns:
+        The words, and their vectors as they stand there, `[words, dimension]` float32.
+
+    Raises:
+        ValueError: naming the file, the line and what is wrong with it.
+    """
+    path = Path(path)
+    rows: dict[str, int] = {}
+    numbers = array("f")
+    dimension = None
+    with path.open(encoding="utf-8", newline="\n") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                items = line.rstrip("\r\n ").split(" ")
+                if number == 1 and len(items) == 2 and all(map(str.isdecimal, items)):
+                    limit += 1
+                    continue
+                if number > limit:
+                    break
+                if dimension is None:
+                    dimension = len(items) - 1
+                unwanted = only is not None and " ".join(items[:-dimension]) not in only
+                # Too few numbers are an error of every line.
+                if unwanted and 0 < dimension < len(items):
+                    continue
+                word, vector = _parse(items, dimension, f"{path}, line {number}")
+                if word != "<unk>" and word not in rows:
+                    rows[word] = len(rows)
+                    numbers.frombytes(vector.tobytes())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from error
+    vectors = np.frombuffer(numbers, np.float32).reshape(len(rows), dimension or 0)
+    return list(rows), vectors
 
 
 def _parse(items: list[str], dimension: int, place: str) -> tuple[str, np.ndarray]:

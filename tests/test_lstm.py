@@ -4,7 +4,8 @@ import pickle
 import pytest
 import torch
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.decoders import ByteLevel
+from tokenizers.models import BPE, WordLevel, WordPiece
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import BertProcessing
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from kdfast.trainer import (
     Logits,
     Objective,
     initialise_from_teacher,
+    token_vectors,
 )
 
 VOCAB = 41
@@ -280,6 +282,63 @@ def test_pretrained_embeddings():
         model.load_embeddings(torch.zeros(VOCAB, 6, dtype=torch.long))
     with pytest.raises(TypeError, match="floating tensor, got list"):
         model.load_embeddings([])
+
+
+def test_pretrained_embeddings_of_some_tokens():
+    model = bilstm(embeddings="multichannel")
+    drawn, table = model.embeddings.weight.detach().clone(), torch.randn(3, 6)
+    model.load_embeddings(table, torch.tensor([7, 0, 40]))
+    expected = drawn.clone()
+    expected[[7, 0, 40]] = table
+    assert not torch.equal(expected, drawn)
+    # The others are the same in both channels too.
+    assert torch.equal(model.embeddings.weight, expected)
+    assert torch.equal(model.frozen_embeddings.weight, expected)
+    with pytest.raises(ValueError, match=r"\[tokens, embedding_size\] \(2, 6\), got \(3, 6\)"):
+        model.load_embeddings(table, torch.tensor([7, 0]))
+    with pytest.raises(
+        ValueError, match=r"tokens must be \[n\], from 0 to 40, got \(1,\), 41 to 41"
+    ):
+        model.load_embeddings(table[:1], torch.tensor([41]))
+    with pytest.raises(TypeError, match="tokens must be a tensor of integers, got list"):
+        model.load_embeddings(table, [7, 0, 40])
+    assert torch.equal(model.embeddings.weight, expected)
+
+
+def word_pieces() -> PreTrainedTokenizerFast:
+    vocab = ["[PAD]", "[UNK]", "film", "Play", "##s", "s", "play"]
+    core = Tokenizer(WordPiece({token: i for i, token in enumerate(vocab)}, unk_token="[UNK]"))
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def bytes_pairs() -> PreTrainedTokenizerFast:
+    # What GPT-2 has for "é", and a space in front of a word.
+    vocab = {"<eos>": 0, "caf\u00c3\u00a9": 1, "\u0120Film": 2, "x": 3}
+    core = Tokenizer(BPE(vocab, []))
+    core.decoder = ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        # Its own word first, and then the one in lower case; no special token and no "##s".
+        (word_pieces, {2: 1.0, 3: 2.0, 5: 3.0, 6: 2.0}),
+        (bytes_pairs, {1: 5.0, 2: 6.0}),
+    ],
+)
+def test_tokens_that_are_words_of_a_file(tmp_path, make, expected):
+    path = tmp_path / "vectors.txt"
+    path.write_text(
+        "film 1 10\nplay 2 20\ns 3 30\n[PAD] 4 40\ncaf\u00e9 5 50\nFilm 6 60\n##s 7 70\n",
+        encoding="utf-8",
+    )
+    tokens, vectors = token_vectors(make(), path)
+    assert dict(zip(tokens.tolist(), vectors[:, 0].tolist(), strict=True)) == expected
+    assert torch.equal(vectors[:, 1], 10 * vectors[:, 0])
+    path.write_text("zebra 1\n")
+    with pytest.raises(ValueError, match=r"vectors\.txt has a vector for none of the tokenizer's"):
+        token_vectors(make(), path)
 
 
 def test_regression_and_several_labels():

@@ -3,6 +3,8 @@
 It is known to transformers' auto classes once `kdfast.trainer` is imported.
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -11,11 +13,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
 from kdfast.ops.arguments import INTEGER, check_choice, check_count, check_number
+from kdfast.trainer.augmentation.word_vectors import read_vectors
 
 EMBEDDINGS = ("trained", "frozen", "multichannel")
 
@@ -146,30 +150,45 @@ class BiLSTMForSequenceClassification(PreTrainedModel):
             module.reset_parameters()
 
     @torch.no_grad()
-    def load_embeddings(self, table: Tensor) -> None:
+    def load_embeddings(self, table: Tensor, tokens: Tensor | None = None) -> None:
         """Start from pretrained embeddings: in both tables, where there are two.
 
         Args:
             table: `[vocab_size, embedding_size]`, floating, row i for token i. A teacher's own are
                 `teacher.get_input_embeddings().weight`.
+            tokens: `[n]`, integers: the token of each row of a table `[n, embedding_size]`, as
+                `token_vectors` finds them. The others stay as they were drawn, in both tables the
+                same.
 
         Raises:
-            TypeError, ValueError: not a floating tensor, or of another shape.
+            TypeError, ValueError: not a floating tensor, or of another shape; tokens that are none.
 
         Example:
             >>> student.load_embeddings(teacher.get_input_embeddings().weight)
         """
+        rows, size = self.embeddings.weight.shape
+        if tokens is not None:
+            if not isinstance(tokens, Tensor) or tokens.dtype not in INTEGER:
+                got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+                raise TypeError(f"tokens must be a tensor of integers, got {got}")
+            if tokens.dim() != 1 or (len(tokens) and not 0 <= tokens.min() <= tokens.max() < rows):
+                raise ValueError(
+                    f"tokens must be [n], from 0 to {rows - 1}, got {tuple(tokens.shape)}"
+                    + (f", {tokens.min()} to {tokens.max()}" if tokens.numel() else "")
+                )
         if not isinstance(table, Tensor) or not table.is_floating_point():
             got = table.dtype if isinstance(table, Tensor) else type(table).__name__
             raise TypeError(f"table must be a floating tensor, got {got}")
-        if table.shape != self.embeddings.weight.shape:
+        named = "vocab_size" if tokens is None else "tokens"
+        expected = (rows if tokens is None else len(tokens), size)
+        if table.shape != expected:
             raise ValueError(
-                "table must be [vocab_size, embedding_size] "
-                f"{tuple(self.embeddings.weight.shape)}, got {tuple(table.shape)}"
+                f"table must be [{named}, embedding_size] {expected}, got {tuple(table.shape)}"
             )
-        self.embeddings.weight.copy_(table)
+        weight = self.embeddings.weight
+        weight[slice(None) if tokens is None else tokens.long()] = table.to(weight)
         if self.frozen_embeddings is not None:
-            self.frozen_embeddings.weight.copy_(table)
+            self.frozen_embeddings.weight.copy_(weight)
 
     @can_return_tuple
     def forward(
@@ -253,6 +272,49 @@ class BiLSTMForSequenceClassification(PreTrainedModel):
         packed = pack_padded_sequence(inputs, lengths, batch_first=True, enforce_sorted=False)
         _, (last, _) = self.lstm(packed)
         return torch.cat([last[0], last[1]], -1)
+
+
+def token_vectors(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> tuple[Tensor, Tensor]:
+    """The tokens that are words of a file of word vectors, and these.
+
+    A token is looked up as it is written in a text and then in lower case. Special tokens and
+    pieces that continue a word (`##s`) have none.
+
+    Args:
+        tokenizer: of the student.
+        path: GloVe's text format, UTF-8, or that of word2vec and fastText.
+
+    Returns:
+        `[n]` int64, the tokens, and `[n, dimension]` float32, their vectors.
+
+    Raises:
+        ValueError: naming the file, the line and what is wrong with it; no token that is there.
+
+    Example:
+        >>> tokens, vectors = token_vectors(tokenizer, "glove.6B.300d.txt")
+        >>> student.load_embeddings(vectors, tokens)
+    """
+    special = set(tokenizer.all_special_ids)
+    core = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    continuing = getattr(core, "continuing_subword_prefix", None)
+    words = {
+        # A token of bytes, or with a mark where a word begins, as text.
+        row: tokenizer.convert_tokens_to_string([token]).strip()
+        for token, row in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if row not in special and not (continuing and token.startswith(continuing))
+    }
+    names, vectors = read_vectors(path, only={*words.values(), *map(str.lower, words.values())})
+    rows = {name: number for number, name in enumerate(names)}
+    found = {
+        token: rows[name]
+        for token, word in words.items()
+        for name in (word if word in rows else word.lower(),)
+        if name in rows
+    }
+    if not found:
+        raise ValueError(f"{path} has a vector for none of the tokenizer's {len(words)} words")
+    chosen = vectors[list(found.values())]
+    return torch.tensor(list(found)), torch.from_numpy(chosen)
 
 
 def _compared(first: Tensor, second: Tensor) -> Tensor:
