@@ -1,4 +1,4 @@
-"""Distillation on real text, in minutes and without a download: `make demo`.
+"""Distillation on real text, in minutes and without a download: the first of `make demo`.
 
 A teacher is trained on the documentation that Python itself carries. Three students of the same
 size, initialisation and data order then take the same number of steps: one alone, one towards the

@@ -15,6 +15,7 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+BERT_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 DOCUMENTED = (ast.Module, ast.ClassDef, *FUNCTIONS)
@@ -111,8 +112,14 @@ def train_bpe(texts: list[str], vocab: int) -> PreTrainedTokenizerFast:
 
 def train_wordpiece(texts: list[str], vocab: int, max_length: int) -> PreTrainedTokenizerFast:
     """A tokenizer as BERT's, uncased."""
-    tokenizer = BertWordPieceTokenizer()
-    tokenizer.train_from_iterator(texts, vocab_size=vocab, show_progress=False)
+    trained = BertWordPieceTokenizer()
+    trained.train_from_iterator(
+        texts, vocab_size=vocab, special_tokens=BERT_TOKENS, show_progress=False
+    )
+    # Training numbers the same pieces differently each time.
+    pieces = sorted(trained.get_vocab().keys() - set(BERT_TOKENS))
+    numbered = {piece: number for number, piece in enumerate([*BERT_TOKENS, *pieces])}
+    tokenizer = BertWordPieceTokenizer(numbered)
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(tokenizer.to_str()),
         model_max_length=max_length,
