@@ -391,6 +391,22 @@ def test_a_cache_without_held_out_blocks(build, distill, assets, tmp_path, capfd
     assert not any("eval_loss" in entry for entry in log_history(tmp_path / "out"))
 
 
+def assert_masked_as_bert(ids, inputs, labels, tokenizer):
+    """Of 200 blocks of 50, whose first tokens are special, a fifth is chosen."""
+    chosen = labels != -100
+    # Neither the first block's mask nor the first token's is everybody's.
+    assert not torch.equal(chosen[0], chosen[1])
+    assert not chosen[:, 0].any()
+    assert torch.equal(labels[chosen], ids[chosen])
+    assert torch.equal(inputs[~chosen], ids[~chosen])
+    # 9800 tokens: three standard deviations are 0.012 of all, and 0.03 of those that are chosen.
+    assert chosen[:, 1:].double().mean() == pytest.approx(0.2, abs=0.012)
+    became_mask = (inputs == tokenizer.mask_token_id)[chosen].double().mean()
+    stayed = (inputs == ids)[chosen].double().mean()
+    assert became_mask == pytest.approx(0.8, abs=0.03)
+    assert stayed == pytest.approx(0.1, abs=0.03)
+
+
 def test_masks_depend_on_the_seed_and_the_block():
     tokenizer = make_tokenizer(**SPECIAL)
     ids = torch.randint(10, 300, (200, 50)).tolist()
@@ -402,20 +418,8 @@ def test_masks_depend_on_the_seed_and_the_block():
     assert masked[:] != mask_once(blocks, tokenizer, 0.2, 2)[:]
     rest = mask_once(blocks.select(range(150, 200)), tokenizer, 0.2, 1, start=150)
     assert masked[150:] == rest[:]
-    # Neither the first block's mask nor the first token's is everybody's.
     inputs, labels = (torch.tensor(masked[name][:]) for name in ("input_ids", "labels"))
-    ids = torch.tensor(ids)
-    chosen = labels != -100
-    assert not torch.equal(chosen[0], chosen[1])
-    assert not chosen[:, 0].any()
-    assert torch.equal(labels[chosen], ids[chosen])
-    assert torch.equal(inputs[~chosen], ids[~chosen])
-    # 9800 tokens: three standard deviations are 0.012 of all, and 0.03 of those that are chosen.
-    assert chosen[:, 1:].double().mean() == pytest.approx(0.2, abs=0.012)
-    became_mask = (inputs == tokenizer.mask_token_id)[chosen].double().mean()
-    stayed = (inputs == ids)[chosen].double().mean()
-    assert became_mask == pytest.approx(0.8, abs=0.03)
-    assert stayed == pytest.approx(0.1, abs=0.03)
+    assert_masked_as_bert(torch.tensor(ids), inputs, labels, tokenizer)
 
 
 def test_masks_depend_on_the_seed_the_epoch_and_the_block():
@@ -431,15 +435,8 @@ def test_masks_depend_on_the_seed_the_epoch_and_the_block():
     for name, value in batch.items():
         assert value.dtype == torch.int64
         assert torch.equal(alone[name], value[7:9])
-    inputs, labels = batch["input_ids"], batch["labels"]
-    chosen = labels != -100
-    assert not torch.equal(chosen[0], chosen[1])
-    assert not chosen[:, 0].any()
-    assert torch.equal(labels[chosen], ids[chosen])
-    assert torch.equal(inputs[~chosen], ids[~chosen])
-    assert chosen[:, 1:].double().mean() == pytest.approx(0.2, abs=0.012)
-    became_mask = (inputs == tokenizer.mask_token_id)[chosen].double().mean()
-    assert became_mask == pytest.approx(0.8, abs=0.03)
+    labels = batch["labels"]
+    assert_masked_as_bert(ids, batch["input_ids"], labels, tokenizer)
 
     # Resumed in the middle of an epoch, it is that one.
     for epoch, whole in ((2.0, 2), (2.6, 2), (3.0, 3)):
