@@ -38,6 +38,8 @@ from kdfast.trainer.augmentation.bilstm import split_words
 from kdfast.trainer.augmentation.tinybert import STOP_WORDS
 from kdfast.trainer.augmentation.word_vectors import read_vectors
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WHOLE_WORDS = (
     "the a film is story plot actor play moving music slow good bad great dull scene end begin "
@@ -90,15 +92,6 @@ def make_model() -> BertForMaskedLM:
         # A trained model suggests no special token, and the source does not look.
         model.cls.predictions.bias[: len(SPECIAL)] = -1e4
     return model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """For models this small, threads cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -134,14 +134,10 @@ def assert_same(folder: Path, whole: Path) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
+def quick(one_thread):
     # Trainer collects garbage at each start: not among all that was imported.
     gc.freeze()
-    # Of models this small the threads would only wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
     gc.unfreeze()
 
 

@@ -17,13 +17,9 @@ SUPPORT = TEACHER.softmax(-1)[0, :ENTRIES]
 
 
 @pytest.fixture(scope="module")
-def points():
-    threads = torch.get_num_threads()
-    # Rows of a thousand entries: threads would wait for one another longer than they compute.
-    torch.set_num_threads(1)
+def points(one_thread):
     losses = fixed_points.losses(TEACHER)
-    yield {name: fixed_points.fixed_point(loss, TEACHER) for name, loss in losses.items()}
-    torch.set_num_threads(threads)
+    return {name: fixed_points.fixed_point(loss, TEACHER) for name, loss in losses.items()}
 
 
 def test_the_teacher_keeps_three_tenths_in_its_largest_entries():

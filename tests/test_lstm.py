@@ -30,20 +30,13 @@ from kdfast.trainer import (
     token_vectors,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB = 41
 CLASSES = 3
 # The right lengths for the source's packing of one sentence: none is 0.
 SENTENCES = [[5, 9, 2, 33], [7], [1, 0, 0, 4, 4, 40, 12], [8, 8]]
 SECONDS = [[3], [11, 12, 13, 14, 15], [20, 21], [0, 0, 6]]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Steps this small are mostly threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def bilstm(**settings: object) -> BiLSTMForSequenceClassification:

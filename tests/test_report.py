@@ -17,21 +17,14 @@ from transformers.trainer_callback import TrainerState
 from kdfast import files
 from kdfast.trainer import DistillationTrainer, ReportedModel, report, write_report
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PNG = b"\x89PNG\r\n\x1a\n"
 BATCH = {
     "input_ids": torch.arange(20).reshape(2, 10),
     "attention_mask": torch.ones(2, 10, dtype=torch.long),
     "labels": torch.tensor([0, 1]),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Passes this small are mostly threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def bert(layers: int, **settings: object) -> BertForSequenceClassification:
