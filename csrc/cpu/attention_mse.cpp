@@ -19,27 +19,36 @@ constexpr int64_t kCausalTokens = 64;
 // float32 adds up the Gram matrix of this many tokens, and float64 the rest.
 constexpr int64_t kSpan = 1024;
 
-template <class Real>
-KDFAST_CLONES void join_query(const Real* student, const Real* teacher, int64_t n, Real ratio,
-                              Real* difference, Real* rest) {
+// Rows of one matrix into those of another, times a factor. A head's rows are short: it is a loop
+// over them that is compiled for each processor.
+template <class T, class Real>
+KDFAST_CLONES void load_rows(const T* in, int64_t in_step, int64_t rows, int64_t width, Real factor,
+                             Real* out, int64_t out_step) {
+  for (int64_t row = 0; row < rows; ++row, in += in_step, out += out_step) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const Real scaled = ratio * teacher[i];
-    difference[i] = student[i] - scaled;
-    rest[i] = scaled;
+    for (int64_t i = 0; i < width; ++i) out[i] = factor * static_cast<Real>(to_real(in[i]));
   }
 }
 
-template <class Real>
-KDFAST_CLONES void subtract(const Real* student, const Real* teacher, int64_t n, Real* out) {
+template <class T, class Real>
+KDFAST_CLONES void store_rows(const Real* in, int64_t in_step, int64_t rows, int64_t width,
+                              Real factor, T* out, int64_t out_step) {
+  // What half precision is rounded from.
+  using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  for (int64_t row = 0; row < rows; ++row, in += in_step, out += out_step) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = student[i] - teacher[i];
+    for (int64_t i = 0; i < width; ++i) from_real(static_cast<Wide>(factor * in[i]), out[i]);
+  }
 }
 
+// left − right, in the place of one of the two.
 template <class Real>
-KDFAST_CLONES void scaled(const Real* in, int64_t n, Real factor, Real* out) {
+KDFAST_CLONES void subtract_rows(const Real* left, const Real* right, int64_t step, int64_t rows,
+                                 int64_t width, Real* out) {
+  for (int64_t row = 0; row < rows; ++row, left += step, right += step, out += step) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = factor * in[i];
+    for (int64_t i = 0; i < width; ++i) out[i] = left[i] - right[i];
+  }
 }
 
 template <class Real>
@@ -50,27 +59,19 @@ KDFAST_CLONES Real sum_of_squares(const Real* x, int64_t n) {
   return sum;
 }
 
-template <class T, class Real>
-KDFAST_CLONES void store(const Real* in, int64_t n, Real factor, T* out) {
-  // What half precision is rounded from.
-  using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) from_real(static_cast<Wide>(factor * in[i]), out[i]);
-}
-
-// Calls `function` with a row as an array of its elements, whatever the precision is that is
+// Calls `function` with an array of elements, whatever the precision is that is
 // computed in: near convergence that of the inputs is not enough.
 template <class Function>
-void with_any_elements(char* row, DType dtype, Function function) {
+void with_any_elements(char* data, DType dtype, Function function) {
   switch (dtype) {
     case DType::kFloat32:
-      return function(reinterpret_cast<float*>(row));
+      return function(reinterpret_cast<float*>(data));
     case DType::kFloat64:
-      return function(reinterpret_cast<double*>(row));
+      return function(reinterpret_cast<double*>(data));
     case DType::kBFloat16:
-      return function(reinterpret_cast<bfloat16*>(row));
+      return function(reinterpret_cast<bfloat16*>(data));
     case DType::kFloat16:
-      return function(reinterpret_cast<float16*>(row));
+      return function(reinterpret_cast<float16*>(data));
   }
 }
 
@@ -107,8 +108,7 @@ class Task {
         student_stride_(row_stride<Real>(student_)),
         block_(std::min(call.tokens, call.causal && !call.tiled ? kCausalTokens : kTokens)),
         block_stride_(row_stride<Real>(block_)),
-        blocks_((call.tokens + block_ - 1) / block_),
-        converted_(2 * std::max(call.student_width, call.teacher_width)) {
+        blocks_((call.tokens + block_ - 1) / block_) {
     const int64_t heads = call.student_query.heads;
     const int64_t of_student = heads / call.student_key.heads;
     group_ = std::gcd(of_student, heads / call.teacher_key.heads);
@@ -159,62 +159,38 @@ class Task {
   int64_t begin(int64_t block) const { return block * block_; }
   int64_t count(int64_t block) const { return std::min(block_, call_.tokens - begin(block)); }
 
-  bool counts(const bool* mask, int64_t token) const {
-    return !mask || mask[sample_ * call_.tokens + token];
+  void load(const Heads& tensor, int64_t head, int64_t block, int64_t width, Real factor,
+            Real* out) {
+    with_any_elements(tensor.row(sample_, head, begin(block)), tensor.dtype, [&](const auto* in) {
+      load_rows(in, tensor.token_stride, count(block), width, factor, out, stride_);
+    });
   }
 
-  // A token's channels in the precision of the computation: in place, or in one of two buffers.
-  const Real* row(const Heads& tensor, int64_t head, int64_t token, int64_t width, bool second) {
-    const Real* found = nullptr;
-    with_any_elements(tensor.row(sample_, head, token), tensor.dtype, [&](const auto* in) {
-      if constexpr (std::is_same_v<decltype(in), const Real*>) {
-        found = in;
-      } else {
-        Real* buffer = converted_.data() + (second ? converted_.size() / 2 : 0);
-        convert(in, width, buffer);
-        found = buffer;
-      }
-    });
-    return found;
+  // What does not count may be NaN.
+  void clear_masked(const bool* mask, int64_t block, int64_t width, Real* rows) {
+    if (!mask) return;
+    const bool* counts = mask + sample_ * call_.tokens + begin(block);
+    for (int64_t i = 0; i < count(block); ++i)
+      if (!counts[i]) std::fill_n(rows + i * stride_, width, Real(0));
   }
 
   void load_queries(int64_t head, int64_t block) {
-    for (int64_t i = 0; i < count(block); ++i) {
-      Real* out = queries_.data() + i * stride_;
-      const int64_t token = begin(block) + i;
-      // What does not count may be NaN.
-      if (!counts(call_.query_mask, token)) {
-        std::fill(out, out + query_width_, Real(0));
-        continue;
-      }
-      const Real* student = row(call_.student_query, head, token, student_, false);
-      const Real* teacher = row(call_.teacher_query, head, token, call_.teacher_width, true);
-      if (differences_) {
-        join_query(student, teacher, student_, call_.ratio, out, out + student_);
-        if (query_width_ > width_) std::copy(student, student + student_, out + width_);
-      } else {
-        std::copy(student, student + student_, out);
-        scaled(teacher, call_.teacher_width, -call_.ratio, out + student_);
-      }
-    }
+    Real* rows = queries_.data();
+    const Real ratio = differences_ ? call_.ratio : -call_.ratio;
+    load(call_.student_query, head, block, student_, Real(1), rows);
+    load(call_.teacher_query, head, block, call_.teacher_width, ratio, rows + student_);
+    if (differences_) subtract_rows(rows, rows + student_, stride_, count(block), student_, rows);
+    if (query_width_ > width_)
+      load(call_.student_query, head, block, student_, Real(1), rows + width_);
+    clear_masked(call_.query_mask, block, query_width_, rows);
   }
 
-  void load_keys(int64_t block, Real* keys) {
-    for (int64_t i = 0; i < count(block); ++i) {
-      Real* out = keys + i * stride_;
-      const int64_t token = begin(block) + i;
-      if (!counts(call_.key_mask, token)) {
-        std::fill(out, out + width_, Real(0));
-        continue;
-      }
-      const Real* student = row(call_.student_key, student_key_, token, student_, false);
-      const Real* teacher = row(call_.teacher_key, teacher_key_, token, call_.teacher_width, true);
-      std::copy(student, student + student_, out);
-      if (differences_)
-        subtract(student, teacher, student_, out + student_);
-      else
-        std::copy(teacher, teacher + call_.teacher_width, out + student_);
-    }
+  void load_keys(int64_t block, Real* rows) {
+    load(call_.student_key, student_key_, block, student_, Real(1), rows);
+    load(call_.teacher_key, teacher_key_, block, call_.teacher_width, Real(1), rows + student_);
+    if (differences_)
+      subtract_rows(rows, rows + student_, stride_, count(block), student_, rows + student_);
+    clear_masked(call_.key_mask, block, width_, rows);
   }
 
   // Kᵀ, channels by tokens: the factor of Q in E.
@@ -237,11 +213,9 @@ class Task {
 
   void write(const Heads& gradient, int64_t head, int64_t block, const Real* sums) {
     const Real factor = call_.factor.at(sample_, Real(1));
-    for (int64_t i = 0; i < count(block); ++i) {
-      const Real* in = sums + i * student_stride_;
-      with_any_elements(gradient.row(sample_, head, begin(block) + i), gradient.dtype,
-                        [&](auto* out) { store(in, student_, factor, out); });
-    }
+    with_any_elements(gradient.row(sample_, head, begin(block)), gradient.dtype, [&](auto* out) {
+      store_rows(sums, student_stride_, count(block), student_, factor, out, gradient.token_stride);
+    });
   }
 
   void write_query(int64_t head, int64_t block) {
@@ -369,19 +343,21 @@ class Task {
                [&](int64_t block) { load_queries(head, block); });
     add_inner(query_gram_, key_gram_);
 
+    // Backwards: the last rows are still there.
     if (need_query_) {
       factor_of(key_gram_, 0, by_query_.data());
-      for (int64_t head = first_head_; head < first_head_ + group_; ++head)
-        for (int64_t block = 0; block < blocks_; ++block) {
-          load_queries(head, block);
+      const int64_t last_head = first_head_ + group_ - 1;
+      for (int64_t head = last_head; head >= first_head_; --head)
+        for (int64_t block = blocks_ - 1; block >= 0; --block) {
+          if (head < last_head || block + 1 < blocks_) load_queries(head, block);
           multiply_rows(count(block), queries_.data(), by_query_, query_sums_.data(), false);
           write_query(head, block);
         }
     }
     if (need_key_) {
       factor_of(query_gram_, student_queries(), by_key_.data());
-      for (int64_t block = 0; block < blocks_; ++block) {
-        load_keys(block, keys_.data());
+      for (int64_t block = blocks_ - 1; block >= 0; --block) {
+        if (block + 1 < blocks_) load_keys(block, keys_.data());
         multiply_rows(count(block), keys_.data(), by_key_, key_sums(block), key_sums_are_whole_);
         if (!key_sums_are_whole_) write_key(block, key_sums(block));
       }
@@ -440,7 +416,7 @@ class Task {
   const int64_t block_, block_stride_, blocks_;
   int64_t group_, matrices_;
   bool key_sums_are_whole_;
-  std::vector<Real> converted_, queries_, keys_, transposed_, scores_;
+  std::vector<Real> queries_, keys_, transposed_, scores_;
   std::vector<Real> query_sums_, key_sums_, part_, by_query_, by_key_;
   std::vector<double> query_gram_, key_gram_;
 

@@ -47,8 +47,8 @@ struct AttentionMse {
 
 // The squares of E and both gradients; E is never there as a whole. A thread takes one of the
 // student's key heads in one sample, and the query heads that share it. With tiles the rows are
-// read once and stay; with Gram matrices they are read twice, some tokens at a time. Gradients are
-// written once.
+// read once and stay; with Gram matrices they are read some tokens at a time, twice but for the
+// last of them. Gradients are written once.
 template <class Real>
 void attention_mse(const AttentionMse<Real>& call);
 
