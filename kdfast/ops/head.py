@@ -88,10 +88,8 @@ class Head:
         """From the gradient of the capped logits to that of what was capped; logits are lost."""
         gradient.mul_(logits.div_(self.softcap).square_().neg_().add_(1))
 
-    def hidden_gradient(self, gradient: Tensor) -> Tensor:
-        """gradient W, `[rows, H]`."""
-        wide = wide_dtype(self.dtype)
-        out = gradient.new_empty(len(gradient), self.weight.shape[1], dtype=wide)
+    def hidden_gradient(self, gradient: Tensor, out: Tensor) -> Tensor:
+        """gradient W, `[rows, H]`, in `out`."""
         for columns, weight in self.blocks():
             multiply(gradient[:, columns], weight, out, accumulate=columns.start > 0)
         return out
@@ -110,17 +108,27 @@ class HeadGradients:
     ) -> None:
         self.hidden, self.weight, self.bias, self.vocab = hidden, weight, bias, vocab
         self._started = False
-        for gradient in (hidden, bias):
-            if gradient is not None:
-                gradient.zero_()
 
     def wanted(self) -> list[Tensor]:
         return [g for g in (self.hidden, self.weight, self.bias) if g is not None]
 
+    def prepare(self, chunks: tuple[slice | Tensor, ...]) -> None:
+        """Zeros in what `add` adds to, and in hidden states' gradients that no chunk has."""
+        if self.bias is not None:
+            self.bias.zero_()
+        # Slices are of all rows.
+        if self.hidden is not None and not (chunks and isinstance(chunks[0], slice)):
+            self.hidden.zero_()
+
     def add(self, head: Head, chunk: slice | Tensor, rows: Tensor, gradient: Tensor) -> None:
         """Take in the gradient of the logits of `rows`, the hidden states of `chunk`."""
         if self.hidden is not None:
-            self.hidden.view(head.hidden.shape)[chunk] = head.hidden_gradient(gradient)
+            hidden, wide = self.hidden.view(head.hidden.shape), wide_dtype(head.dtype)
+            if isinstance(chunk, slice) and hidden.dtype == wide:
+                head.hidden_gradient(gradient, hidden[chunk])
+            else:
+                out = gradient.new_empty(len(gradient), hidden.shape[1], dtype=wide)
+                hidden[chunk] = head.hidden_gradient(gradient, out)
         if self.weight is not None:
             multiply(gradient.T, rows, self.weight[: self.vocab], accumulate=self._started)
         if self.bias is not None:
@@ -212,6 +220,7 @@ def sweep(
     elif gradients.wanted() and student.softcap is not None:
         gradient_buffer = logits_buffer(size, vocab, wide, device) if spare is None else spare
 
+    gradients.prepare(chunks)
     for chunk in chunks:
         rows = student.hidden[chunk].to(student.dtype)
         logits = student.logits(rows, buffer[: len(rows)])
