@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForPreTraining,
     BertForTokenClassification,
     CohereConfig,
     CohereForCausalLM,
@@ -35,6 +36,7 @@ from transformers import (
 )
 
 from kdfast.trainer import DistillationTrainer, Logits, Objective, hinton
+from kdfast.trainer.head import find_head
 
 # Far enough from uniform predictions that caps and scales matter.
 SHARED = {"initializer_range": 0.5, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -393,6 +395,51 @@ def test_small_logits_do_not_hide_a_softcap(make_trainer):
     trainer = make_trainer(student)
     one_step(trainer, default_data_collator(token_rows(2)))
     assert trainer._step.heads[0].softcap == 2.0
+
+
+@pytest.mark.parametrize(
+    ("family", "whole"),
+    [
+        ("bert", "cls"),
+        ("roberta", "lm_head"),
+        ("modernbert", "decoder"),
+        ("distilbert", "vocab_projector"),
+        ("llama", "lm_head"),
+    ],
+)
+def test_a_head_is_skipped_with_what_stands_around_it(family, whole):
+    model, tokens = model_of(family, 8).eval(), torch.arange(6).view(2, 3)
+    with torch.no_grad():
+        head = find_head(model, lambda: model(tokens).logits)
+        assert head.skipped(lambda: model(tokens).logits).shape == (2, 3, 0)
+    assert head.whole is model.get_submodule(whole)
+
+
+class Nested(nn.Module):
+    """A model whose core and head are one module, which could be taken for a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, VOCAB))
+        self.base_model = self.inside[0]
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.inside[1]
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.inside(states)
+
+
+def test_what_is_around_a_head_is_not_skipped_with_more_than_it():
+    states, tokens = torch.randn(2, 3, 8), torch.arange(6).view(2, 3)
+    nested = Nested()
+    two_tasks = BertForPreTraining(model_of("bert", 8).config).eval()
+    with torch.no_grad():
+        for head in (
+            find_head(nested, lambda: nested(states)),
+            find_head(two_tasks, lambda: two_tasks(tokens).prediction_logits),
+        ):
+            assert head.whole is head.linear
 
 
 def test_a_compiled_student_falls_back(make_trainer, caplog):

@@ -9,7 +9,7 @@ model's forward hands on.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TypeVar
 
@@ -59,11 +59,14 @@ class OutputHead:
         linear: the model's output embeddings.
         logit_scale: what the model multiplies the outputs of `linear` by.
         softcap: c, where the model maps x to c · tanh(x / c) after that.
+        whole: `linear`, or the module around it that turns the model's hidden states into its
+            inputs too, as those of masked language models do.
     """
 
     linear: nn.Linear
-    logit_scale: float = 1.0
-    softcap: float | None = None
+    logit_scale: float
+    softcap: float | None
+    whole: nn.Module
 
     def apply(self, logits: Tensor) -> Tensor:
         """What the model makes of `linear`'s outputs."""
@@ -79,8 +82,8 @@ class OutputHead:
         }
 
     def skipped(self, forward: Callable[[], Result]) -> Result:
-        """What `forward` returns without `linear`: its logits have width 0."""
-        with _replaced_forward(self.linear, _no_logits):
+        """What `forward` returns without its head: its logits have width 0."""
+        with _replaced_forward(self.whole, _no_logits):
             return forward()
 
     def in_place(
@@ -174,7 +177,7 @@ class OutputHead:
 def find_head(model: nn.Module, forward: Callable[[], Tensor]) -> OutputHead:
     """The output head of `model`, and what the model does with its outputs.
 
-    Nothing is taken on trust: two runs of `forward` show what becomes of logits of width 0 and of
+    Nothing is taken on trust: runs of `forward` show what becomes of logits of width 0 and of
     logits that are known, so that the model's weights and the sizes of its logits do not matter.
 
     Args:
@@ -220,12 +223,36 @@ def find_head(model: nn.Module, forward: Callable[[], Tensor]) -> OutputHead:
     # Copied: a model may work in place.
     logits = _logits_with(linear, lambda _: known.clone(), forward)
     for scale, softcap in _known_processing(model):
-        head = OutputHead(linear, scale, softcap)
+        head = OutputHead(linear, scale, softcap, linear)
         if logits.shape == known.shape and torch.allclose(
             logits.float(), head.apply(known), rtol=1e-5, atol=1e-5
         ):
-            return head
+            return replace(head, whole=_whole_head(model, linear, forward))
     raise UnknownHead("changes its logits in a way that is not known")
+
+
+def _whole_head(model: nn.Module, linear: nn.Linear, forward: Callable[[], Tensor]) -> nn.Module:
+    """The part of the model that holds `linear`, where `forward` can do without all of it."""
+    core = getattr(model, "base_model", model)
+    for part in model.children():
+        inside = list(part.modules())
+        # What cannot be told from the core may be all of it.
+        if core is model or core in inside or linear not in inside or part is linear:
+            continue
+        hidden = []
+
+        def skip(seen: Tensor, hidden: list[Tensor] = hidden) -> Tensor:
+            hidden.append(seen)
+            return _no_logits(seen)
+
+        try:
+            logits = _logits_with(part, skip, forward)
+        except UnknownHead:
+            # It has other arguments or outputs, as a head of several tasks has.
+            continue
+        if len(hidden) == 1 and logits.shape == _no_logits(hidden[0]).shape:
+            return part
+    return linear
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
@@ -258,10 +285,10 @@ def _known_processing(model: nn.Module) -> Iterator[tuple[float, float | None]]:
 
 
 def _logits_with(
-    linear: nn.Linear, replacement: Callable[[Tensor], Tensor], forward: Callable[[], Tensor]
+    part: nn.Module, replacement: Callable[[Tensor], Tensor], forward: Callable[[], Tensor]
 ) -> Tensor:
     try:
-        with _replaced_forward(linear, replacement):
+        with _replaced_forward(part, replacement):
             return forward()
     except UnknownHead:
         raise
@@ -273,13 +300,13 @@ def _logits_with(
 
 
 @contextmanager
-def _replaced_forward(linear: nn.Linear, replacement: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Calls of `linear` run `replacement`, between the hooks that it has."""
-    linear.forward = replacement
+def _replaced_forward(part: nn.Module, replacement: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Calls of `part` run `replacement`, between the hooks that it has."""
+    part.forward = replacement
     try:
         yield
     finally:
-        del linear.forward
+        del part.forward
 
 
 def _once(results: list[Result], function: Callable[[Tensor], Result]) -> Callable:
