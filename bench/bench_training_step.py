@@ -4,7 +4,8 @@ A round is forward, loss and backward of one batch, through `DistillationTrainer
 by hand; `grad` is set to None before the round, untimed, and no optimiser runs. The bound to
 compare with is the models alone: the teacher's forward, and the student's forward and backward from
 a gradient that is given. What a step takes beyond its models is the loss, and its share of the step
-is what the report shows.
+is what the report shows: of each member beyond models with its own attention, timed in turns with
+it, and once more beyond models whose student has TinyBERT's projection for a last layer.
 
 Every token counts and none is padding, which is the most that a batch of this size can cost. The
 models have no dropout, so that all members compute the same.
@@ -20,7 +21,14 @@ import torch
 from measure import Trial
 from peers import Member
 from torch import Tensor, nn
-from training_step_peers import Models, StepCase, attention_of, literal_loss, members_of
+from training_step_peers import (
+    Models,
+    StepCase,
+    attention_of,
+    literal_loss,
+    members_of,
+    parts_of,
+)
 from transformers import BertConfig, BertForMaskedLM
 
 # Batch, tokens, vocabulary, the student's layers and width, the teacher's.
@@ -172,6 +180,7 @@ def trial_of(case: StepCase, member: Member) -> Trial:
         copy_rate=problem.copy_rate,
         product_rate=measure.product_rate(case.device, getattr(torch, case.dtype)),
         gradient_bytes=gradient_bytes,
+        parts={name: build(problem.models) for name, build in parts_of(case, member).items()},
     )
 
 

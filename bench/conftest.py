@@ -3,6 +3,7 @@
 import datetime
 import importlib.util
 import math
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -236,8 +237,16 @@ def measured(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
             seconds.append(seconds_of())
         rounds = min(most_rounds, max(MIN_ROUNDS, int(SECONDS / min(seconds))))
         seconds.clear()
+        parts = {name: (measure.timed(step, device), []) for name, step in trial.parts.items()}
+
+        def take_turns() -> None:
+            for seconds_of_part, found in parts.values():
+                trial.reset()
+                found.append(seconds_of_part())
+            trial.reset()
+
         benchmark.group, benchmark.name = group, member
-        benchmark.pedantic(lambda: seconds.append(seconds_of()), setup=trial.reset, rounds=rounds)
+        benchmark.pedantic(lambda: seconds.append(seconds_of()), setup=take_turns, rounds=rounds)
         if benchmark.disabled:
             return None
         stats = benchmark.stats.stats
@@ -256,6 +265,7 @@ def measured(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
             "copy_bytes_per_second": trial.copy_rate,
             "product_operations_per_second": trial.product_rate,
             "limit_seconds": trial.limit_seconds,
+            "part_seconds": {name: statistics.median(found) for name, (_, found) in parts.items()},
             "bytes_per_second": trial.bytes_moved / stats.median,
             "share_of_copy": trial.bytes_moved / stats.median / trial.copy_rate,
         }

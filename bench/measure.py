@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -55,6 +55,8 @@ class Trial:
         product_rate: operations per second of a matrix product in the dtype of the work, likewise.
         gradient_bytes: what of the step's memory is the gradients that it returns.
         operations: floating-point operations of the matrix products that it cannot do without.
+        parts: steps that are a part of this one, timed in turns with it: medians that are minutes
+            apart differ by more than what is left of the work.
     """
 
     step: Step
@@ -67,6 +69,7 @@ class Trial:
     product_rate: float
     gradient_bytes: int = 0
     operations: int = 0
+    parts: Mapping[str, Step] = field(default_factory=dict)
 
     @property
     def limit_seconds(self) -> float:

@@ -314,22 +314,18 @@ def _hidden_details(entry: Measurement) -> list[str]:
 
 def _training_step_summary(members: list[Measurement]) -> list[str]:
     fused, eager = _of(members, "kdfast"), _of(members, "eager")
-    models, projected = _of(members, "bare models"), _of(members, "bare models projected")
-    # What the papers' code adds to the models that it can do with, and not that these are slower.
-    own_models = _of(members, "bare models eager") or models
 
-    def shares(products: float) -> str:
-        """Of the losses, beyond the models and so many seconds of a projection's products."""
-        pairs = (fused, models), (eager, own_models)
-        return " / ".join(
-            f"{1 - (bare['seconds'] + products) / step['seconds']:.1%}" for step, bare in pairs
-        )
+    def shares(part: str) -> str:
+        """Of what the two steps take beyond a part of them, each beyond its own."""
+        steps = [step for step in (fused, eager) if part in step["part_seconds"]]
+        found = (f"{1 - step['part_seconds'][part] / step['seconds']:.1%}" for step in steps)
+        return " / ".join(found) or "–"
 
     return [
-        _cell(models, decimals=2),
+        _cell(_of(members, "bare models"), decimals=2),
         _cell(eager, decimals=2),
-        shares(0.0),
-        shares(projected["seconds"] - models["seconds"]) if projected else "–",
+        shares("models"),
+        shares("projected models"),
         f"{_mebibytes(fused, gradients=False)} / {_mebibytes(eager, gradients=False)} MiB",
     ]
 
@@ -405,7 +401,7 @@ LAYOUTS = {
     ),
     "training_step": Layout(
         "models alone | the papers' code | loss in the step, kdfast / the papers' code"
-        " | without its projection's products | extra memory, kdfast / the papers' code",
+        " | with the projection in the student | extra memory, kdfast / the papers' code",
         _training_step_summary,
         "× models | extra MiB",
         lambda entry: [

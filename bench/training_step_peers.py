@@ -193,7 +193,7 @@ def bare_models(
     """Both models' forward and the student's backward, from a gradient that is given.
 
     With their output heads where the recipe has logits; `projected`, with the linear layer between
-    the widths, which a recipe that projects hidden states cannot do without either.
+    the widths, which in TinyBERT's code is a layer of the student.
     """
 
     def prepare(models: Models) -> Step:
@@ -233,20 +233,20 @@ def _in_float32(write: Callable[[StepCase], Callable[[Models], Step]]) -> Callab
 
 KDFAST = Member("kdfast", _in_float32(kdfast_step))
 MODELS = Member("bare models", _in_float32(bare_models), is_ceiling=True)
-PROJECTED = Member(
-    "bare models projected", _in_float32(partial(bare_models, projected=True)), is_ceiling=True
-)
 EAGER = Member("eager", _in_float32(eager_step))
-# Those of the literal recipe, where it cannot have the fast attention.
-EAGER_MODELS = Member(
-    "bare models eager",
-    _in_float32(partial(bare_models, attention="eager")),
-    is_ceiling=True,
-)
 
 
 def members_of(case: StepCase) -> tuple[Member, ...]:
     """Everyone who takes part in a case, the models alone right after kdfast: its bound."""
-    if case.recipe == "hinton":
-        return KDFAST, MODELS, EAGER
-    return KDFAST, MODELS, PROJECTED, EAGER, EAGER_MODELS
+    return KDFAST, MODELS, EAGER
+
+
+def parts_of(case: StepCase, member: Member) -> dict[str, Callable[[Models], Step]]:
+    """A member's step without its losses, by name, on models with the attention that it has."""
+    if member.is_ceiling:
+        return {}
+    attention = "sdpa" if member is KDFAST else attention_of(case)
+    parts = {"models": bare_models(case, attention)}
+    if case.recipe != "hinton":
+        parts["projected models"] = bare_models(case, attention, projected=True)
+    return parts
