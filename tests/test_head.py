@@ -432,14 +432,17 @@ class Nested(nn.Module):
 
 def test_what_is_around_a_head_is_not_skipped_with_more_than_it():
     states, tokens = torch.randn(2, 3, 8), torch.arange(6).view(2, 3)
-    nested = Nested()
-    two_tasks = BertForPreTraining(model_of("bert", 8).config).eval()
+    nested, hooked = Nested(), model_of("bert", 8).eval()
+    hooked.cls.forward = hooked.cls.forward
+    two_tasks = BertForPreTraining(hooked.config).eval()
     with torch.no_grad():
         for head in (
             find_head(nested, lambda: nested(states)),
+            find_head(hooked, lambda: hooked(tokens).logits),
             find_head(two_tasks, lambda: two_tasks(tokens).prediction_logits),
         ):
             assert head.whole is head.linear
+    assert "forward" in vars(hooked.cls)
 
 
 def test_a_compiled_student_falls_back(make_trainer, caplog):

@@ -237,22 +237,28 @@ def _whole_head(model: nn.Module, linear: nn.Linear, forward: Callable[[], Tenso
     for part in model.children():
         inside = list(part.modules())
         # What cannot be told from the core may be all of it.
-        if core is model or core in inside or linear not in inside or part is linear:
-            continue
-        hidden = []
-
-        def skip(seen: Tensor, hidden: list[Tensor] = hidden) -> Tensor:
-            hidden.append(seen)
-            return _no_logits(seen)
-
-        try:
-            logits = _logits_with(part, skip, forward)
-        except UnknownHead:
-            # It has other arguments or outputs, as a head of several tasks has.
-            continue
-        if len(hidden) == 1 and logits.shape == _no_logits(hidden[0]).shape:
+        is_head = linear in inside and core is not model and core not in inside
+        # A forward that was replaced before is somebody's to put back.
+        ours = part is not linear and "forward" not in vars(part)
+        if is_head and ours and _can_be_skipped(part, forward):
             return part
     return linear
+
+
+def _can_be_skipped(part: nn.Module, forward: Callable[[], Tensor]) -> bool:
+    """Whether `forward` returns logits of width 0 where `part` does."""
+    hidden = []
+
+    def skip(seen: Tensor) -> Tensor:
+        hidden.append(seen)
+        return _no_logits(seen)
+
+    try:
+        logits = _logits_with(part, skip, forward)
+    except UnknownHead:
+        # It has other arguments or outputs, as a head of several tasks has.
+        return False
+    return len(hidden) == 1 and logits.shape == _no_logits(hidden[0]).shape
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
