@@ -176,6 +176,15 @@ def test_leading_shapes(leading, case, backend):
     torch.testing.assert_close(per_token.sum(), result[0])
 
 
+def test_a_projection_onto_no_features(monkeypatch, backend):
+    monkeypatch.setattr(hidden, "fresh", lambda *size, **like: torch.full(size, torch.nan, **like))
+    student, weight = torch.randn(2, 3, requires_grad=True), torch.randn(0, 3, requires_grad=True)
+    loss = kdfast.hidden_mse(student, torch.randn(2, 0), weight=weight)
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(student.grad, torch.zeros(2, 3))
+
+
 @pytest.mark.parametrize("budget", ["1", "300", "5000", "1000000", None])
 @pytest.mark.parametrize("case", CASES)
 def test_every_chunk_gives_the_same(case, budget, monkeypatch, backend):

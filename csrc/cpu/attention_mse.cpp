@@ -59,8 +59,8 @@ KDFAST_CLONES Real sum_of_squares(const Real* x, int64_t n) {
   return sum;
 }
 
-// Calls `function` with an array of elements, whatever the precision is that is
-// computed in: near convergence that of the inputs is not enough.
+// Calls `function` with an array of elements, whatever the precision is that is computed in: near
+// convergence that of the inputs is not enough.
 template <class Function>
 void with_any_elements(char* data, DType dtype, Function function) {
   switch (dtype) {

@@ -90,6 +90,8 @@ class Head:
 
     def hidden_gradient(self, gradient: Tensor, out: Tensor) -> Tensor:
         """gradient W, `[rows, H]`, in `out`."""
+        if len(self.weight) == 0:
+            return out.zero_()
         for columns, weight in self.blocks():
             multiply(gradient[:, columns], weight, out, accumulate=columns.start > 0)
         return out
