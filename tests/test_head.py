@@ -398,30 +398,48 @@ def test_small_logits_do_not_hide_a_softcap(make_trainer):
 
 
 @pytest.mark.parametrize(
-    ("family", "whole"),
+    ("family", "parts"),
     [
-        ("bert", "cls"),
-        ("roberta", "lm_head"),
-        ("modernbert", "decoder"),
-        ("distilbert", "vocab_projector"),
-        ("llama", "lm_head"),
+        ("bert", {"cls"}),
+        ("roberta", {"lm_head"}),
+        ("modernbert", {"head", "decoder"}),
+        (
+            "distilbert",
+            {
+                "activation",
+                "vocab_transform",
+                "vocab_layer_norm",
+                "vocab_projector",
+                "mlm_loss_fct",
+            },
+        ),
+        ("llama", {"lm_head"}),
     ],
 )
-def test_a_head_is_skipped_with_what_stands_around_it(family, whole):
+def test_a_head_is_skipped_with_the_layers_in_front_of_it(family, parts):
     model, tokens = model_of(family, 8).eval(), torch.arange(6).view(2, 3)
+    called = set()
     with torch.no_grad():
         head = find_head(model, lambda: model(tokens).logits)
+        for module in model.modules():
+            module.register_forward_hook(lambda module, inputs, outputs: called.add(module))
         assert head.skipped(lambda: model(tokens).logits).shape == (2, 3, 0)
-    assert head.whole is model.get_submodule(whole)
+    assert {*head.parts} == {model.get_submodule(name) for name in parts}
+    inside = {module for part in head.parts for module in part.modules()}
+    assert called & inside <= {*head.parts}
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 class Nested(nn.Module):
-    """A model whose core and head are one module, which could be taken for a head."""
+    """A model whose core and head are one module."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inside = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, VOCAB))
-        self.base_model = self.inside[0]
+
+    @property
+    def base_model(self) -> nn.Linear:
+        return self.inside[0]
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.inside[1]
@@ -430,18 +448,42 @@ class Nested(nn.Module):
         return self.inside(states)
 
 
-def test_what_is_around_a_head_is_not_skipped_with_more_than_it():
+class Core(nn.Module):
+    def forward(self, states: Tensor) -> tuple[Tensor]:
+        return (states.mean(-1, keepdim=True).expand(*states.shape[:-1], 8),)
+
+
+class InFront(Nested):
+    """One with a layer in front of its core, which takes whatever that returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.core, self.head = nn.Linear(8, 8), Core(), nn.Linear(8, VOCAB)
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self.core
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.head
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.head(self.core(self.front(states))[0])
+
+
+def test_what_stands_elsewhere_is_not_skipped():
     states, tokens = torch.randn(2, 3, 8), torch.arange(6).view(2, 3)
-    nested, hooked = Nested(), model_of("bert", 8).eval()
+    nested, in_front, hooked = Nested(), InFront(), model_of("bert", 8).eval()
     hooked.cls.forward = hooked.cls.forward
     two_tasks = BertForPreTraining(hooked.config).eval()
     with torch.no_grad():
         for head in (
             find_head(nested, lambda: nested(states)),
+            find_head(in_front, lambda: in_front(states)),
             find_head(hooked, lambda: hooked(tokens).logits),
             find_head(two_tasks, lambda: two_tasks(tokens).prediction_logits),
         ):
-            assert head.whole is head.linear
+            assert head.parts == (head.linear,)
     assert "forward" in vars(hooked.cls)
 
 

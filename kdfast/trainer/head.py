@@ -59,14 +59,14 @@ class OutputHead:
         linear: the model's output embeddings.
         logit_scale: what the model multiplies the outputs of `linear` by.
         softcap: c, where the model maps x to c · tanh(x / c) after that.
-        whole: `linear`, or the module around it that turns the model's hidden states into its
-            inputs too, as those of masked language models do.
+        parts: `linear`, or the modules that are there for logits alone, as the dense layer and the
+            norm that a masked language model has in front of it.
     """
 
     linear: nn.Linear
     logit_scale: float
     softcap: float | None
-    whole: nn.Module
+    parts: tuple[nn.Module, ...]
 
     def apply(self, logits: Tensor) -> Tensor:
         """What the model makes of `linear`'s outputs."""
@@ -83,7 +83,7 @@ class OutputHead:
 
     def skipped(self, forward: Callable[[], Result]) -> Result:
         """What `forward` returns without its head: its logits have width 0."""
-        with _replaced_forward(self.whole, _no_logits):
+        with _replaced_forwards(self.parts, _no_logits):
             return forward()
 
     def in_place(
@@ -98,7 +98,7 @@ class OutputHead:
             RuntimeError: `forward` does not call `linear`, or calls it again.
         """
         results = []
-        with _replaced_forward(self.linear, _once(results, function)):
+        with _replaced_forwards((self.linear,), _once(results, function)):
             forward()
         return _only(results)
 
@@ -168,7 +168,7 @@ class OutputHead:
         # First among the hooks: FSDP's are to see the loss.
         hook = model.register_forward_hook(attach, prepend=True)
         try:
-            with _replaced_forward(self.linear, _once(losses, loss)):
+            with _replaced_forwards((self.linear,), _once(losses, loss)):
                 return forward()
         finally:
             hook.remove()
@@ -208,7 +208,7 @@ def find_head(model: nn.Module, forward: Callable[[], Tensor]) -> OutputHead:
         hidden.append(seen)
         return _no_logits(seen)
 
-    logits = _logits_with(linear, look, forward)
+    logits = _logits_with((linear,), look, forward)
     if len(hidden) != 1:
         raise UnknownHead(f"calls its output head {len(hidden)} times")
     if hidden[0].dim() != 3 or logits.shape != _no_logits(hidden[0]).shape:
@@ -221,44 +221,44 @@ def find_head(model: nn.Module, forward: Callable[[], Tensor]) -> OutputHead:
         -PROBE_LIMIT, PROBE_LIMIT, rows * linear.out_features, device=hidden[0].device
     ).view(1, rows, -1)
     # Copied: a model may work in place.
-    logits = _logits_with(linear, lambda _: known.clone(), forward)
+    logits = _logits_with((linear,), lambda _: known.clone(), forward)
     for scale, softcap in _known_processing(model):
-        head = OutputHead(linear, scale, softcap, linear)
+        head = OutputHead(linear, scale, softcap, (linear,))
         if logits.shape == known.shape and torch.allclose(
             logits.float(), head.apply(known), rtol=1e-5, atol=1e-5
         ):
-            return replace(head, whole=_whole_head(model, linear, forward))
+            return replace(head, parts=_parts(model, linear, forward))
     raise UnknownHead("changes its logits in a way that is not known")
 
 
-def _whole_head(model: nn.Module, linear: nn.Linear, forward: Callable[[], Tensor]) -> nn.Module:
-    """The part of the model that holds `linear`, where `forward` can do without all of it."""
+def _parts(
+    model: nn.Module, linear: nn.Linear, forward: Callable[[], Tensor]
+) -> tuple[nn.Module, ...]:
+    """All of the model but its core, where `forward` can do without that; `linear` otherwise."""
     core = getattr(model, "base_model", model)
-    for part in model.children():
-        inside = list(part.modules())
-        # What cannot be told from the core may be all of it.
-        is_head = linear in inside and core is not model and core not in inside
-        # A forward that was replaced before is somebody's to put back.
-        ours = part is not linear and "forward" not in vars(part)
-        if is_head and ours and _can_be_skipped(part, forward):
-            return part
-    return linear
-
-
-def _can_be_skipped(part: nn.Module, forward: Callable[[], Tensor]) -> bool:
-    """Whether `forward` returns logits of width 0 where `part` does."""
-    hidden = []
+    parts = tuple(part for part in model.children() if core not in list(part.modules()))
+    holds_head = any(linear in list(part.modules()) for part in parts)
+    # A forward that was replaced before is somebody's to put back.
+    taken = any("forward" in vars(part) for part in parts)
+    if core is model or not holds_head or taken or parts == (linear,):
+        return (linear,)
+    states = []
 
     def skip(seen: Tensor) -> Tensor:
-        hidden.append(seen)
+        if not states:
+            raise UnknownHead("has layers in front of its core")
         return _no_logits(seen)
 
+    hook = core.register_forward_hook(lambda module, inputs, outputs: states.append(outputs[0]))
     try:
-        logits = _logits_with(part, skip, forward)
+        logits = _logits_with(parts, skip, forward)
     except UnknownHead:
-        # It has other arguments or outputs, as a head of several tasks has.
-        return False
-    return len(hidden) == 1 and logits.shape == _no_logits(hidden[0]).shape
+        # Or one of them has other arguments or outputs, as a head of several tasks has.
+        return (linear,)
+    finally:
+        hook.remove()
+    ends_there = len(states) == 1 and logits.shape == _no_logits(states[0]).shape
+    return parts if ends_there else (linear,)
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
@@ -291,10 +291,12 @@ def _known_processing(model: nn.Module) -> Iterator[tuple[float, float | None]]:
 
 
 def _logits_with(
-    part: nn.Module, replacement: Callable[[Tensor], Tensor], forward: Callable[[], Tensor]
+    parts: tuple[nn.Module, ...],
+    replacement: Callable[[Tensor], Tensor],
+    forward: Callable[[], Tensor],
 ) -> Tensor:
     try:
-        with _replaced_forward(part, replacement):
+        with _replaced_forwards(parts, replacement):
             return forward()
     except UnknownHead:
         raise
@@ -306,13 +308,17 @@ def _logits_with(
 
 
 @contextmanager
-def _replaced_forward(part: nn.Module, replacement: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Calls of `part` run `replacement`, between the hooks that it has."""
-    part.forward = replacement
+def _replaced_forwards(
+    parts: tuple[nn.Module, ...], replacement: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Calls of each of `parts` run `replacement`, between the hooks that it has."""
+    for part in parts:
+        part.forward = replacement
     try:
         yield
     finally:
-        del part.forward
+        for part in parts:
+            del part.forward
 
 
 def _once(results: list[Result], function: Callable[[Tensor], Result]) -> Callable:
