@@ -420,7 +420,7 @@ def test_a_head_is_skipped_with_the_layers_in_front_of_it(family, parts):
     model, tokens = model_of(family, 8).eval(), torch.arange(6).view(2, 3)
     called = set()
     with torch.no_grad():
-        head = find_head(model, lambda: model(tokens).logits)
+        head = find_head(model, lambda: model(tokens).logits, to_skip=True)
         for module in model.modules():
             module.register_forward_hook(lambda module, inputs, outputs: called.add(module))
         assert head.skipped(lambda: model(tokens).logits).shape == (2, 3, 0)
@@ -478,10 +478,10 @@ def test_what_stands_elsewhere_is_not_skipped():
     two_tasks = BertForPreTraining(hooked.config).eval()
     with torch.no_grad():
         for head in (
-            find_head(nested, lambda: nested(states)),
-            find_head(in_front, lambda: in_front(states)),
-            find_head(hooked, lambda: hooked(tokens).logits),
-            find_head(two_tasks, lambda: two_tasks(tokens).prediction_logits),
+            find_head(nested, lambda: nested(states), to_skip=True),
+            find_head(in_front, lambda: in_front(states), to_skip=True),
+            find_head(hooked, lambda: hooked(tokens).logits, to_skip=True),
+            find_head(two_tasks, lambda: two_tasks(tokens).prediction_logits, to_skip=True),
         ):
             assert head.parts == (head.linear,)
     assert "forward" in vars(hooked.cls)

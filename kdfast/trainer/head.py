@@ -28,6 +28,7 @@ from kdfast.ops.head import (
     wide_dtype,
 )
 from kdfast.ops.truncated_softmax import TruncatedSoftmax
+from kdfast.trainer.features import inner_model
 
 # The entries of a model's configuration that say what it does with the head's outputs: it
 # multiplies by (Cohere, Falcon-H1) or divides by (Granite) the first, and caps at the second (the
@@ -174,7 +175,9 @@ class OutputHead:
             hook.remove()
 
 
-def find_head(model: nn.Module, forward: Callable[[], Tensor]) -> OutputHead:
+def find_head(
+    model: nn.Module, forward: Callable[[], Tensor], *, to_skip: bool = False
+) -> OutputHead:
     """The output head of `model`, and what the model does with its outputs.
 
     Nothing is taken on trust: runs of `forward` show what becomes of logits of width 0 and of
@@ -183,6 +186,7 @@ def find_head(model: nn.Module, forward: Callable[[], Tensor]) -> OutputHead:
     Args:
         model: a model of transformers, or one with its `get_output_embeddings`.
         forward: runs the model, under whatever wraps it, and returns its logits.
+        to_skip: whether to look for what else of the model is there for its logits alone.
 
     Raises:
         UnknownHead: it says why.
@@ -227,7 +231,7 @@ def find_head(model: nn.Module, forward: Callable[[], Tensor]) -> OutputHead:
         if logits.shape == known.shape and torch.allclose(
             logits.float(), head.apply(known), rtol=1e-5, atol=1e-5
         ):
-            return replace(head, parts=_parts(model, linear, forward))
+            return replace(head, parts=_parts(model, linear, forward)) if to_skip else head
     raise UnknownHead("changes its logits in a way that is not known")
 
 
@@ -235,7 +239,7 @@ def _parts(
     model: nn.Module, linear: nn.Linear, forward: Callable[[], Tensor]
 ) -> tuple[nn.Module, ...]:
     """All of the model but its core, where `forward` can do without that; `linear` otherwise."""
-    core = getattr(model, "base_model", model)
+    core = inner_model(model)
     parts = tuple(part for part in model.children() if core not in list(part.modules()))
     holds_head = any(linear in list(part.modules()) for part in parts)
     # A forward that was replaced before is somebody's to put back.

@@ -387,7 +387,11 @@ class Step:
             raise UnknownHead("is compiled")
         devices = [self._device] if self._device.type == "cuda" else []
         with _eval_mode(model), torch.random.fork_rng(devices):
-            return find_head(inner, lambda: logits_of(model(**inputs)))
+            return find_head(
+                inner,
+                lambda: logits_of(model(**inputs)),
+                to_skip=not self.objective.of_tokens,
+            )
 
     def _shared_vocab_size(
         self, student_width: int, teacher_width: int, *, per_token: bool
