@@ -11,7 +11,7 @@ from tolerances import assert_gradient_close, assert_loss_close, relative_error
 
 import kdfast
 from kdfast import reference
-from kdfast.ops.head import float16_headroom
+from kdfast.ops.head import HeadGradients, float16_headroom
 from kdfast.reference import DIVERGENCES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -332,12 +332,12 @@ def test_memory_is_one_chunk(budget, monkeypatch):
 
 
 def test_memory_for_long_contexts_and_large_vocabularies():
-    from kdfast.ops.head import CHUNK_BYTES, rows_within
+    from kdfast.ops.head import CHUNK_BYTES, HALF_CHUNKS, rows_within
 
     # 16k tokens of two models' float32 logits would be 19.9 GB.
     rows = rows_within(CHUNK_BYTES["cuda"], 152064, torch.bfloat16, tensors=2)
-    assert rows == 704
-    assert rows * 152064 * (4 + 4 + 2) <= CHUNK_BYTES["cuda"]
+    assert rows == 384
+    assert rows * 152064 * (4 + 4 + 2 * HALF_CHUNKS) <= CHUNK_BYTES["cuda"]
 
 
 def test_bfloat16_beats_logits_that_are_rounded():
@@ -350,6 +350,41 @@ def test_bfloat16_beats_logits_that_are_rounded():
     kdfast.kd_loss(student.float(), teacher.float(), temperature=2.0).backward()
     rounded = relative_error(tensors["student_weight"].grad, expected)
     assert relative_error(ours, expected) <= rounded / 3
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_of_half_precision_take_several_chunks_at_a_time(dtype, softcap, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from pretended import device, on_device
+
+    arguments = heads(29, dtype=dtype, bias=True)
+    labels = torch.randint(101, (29,))
+    labels[[2, 3, 17, 28]] = -100
+    options = {"alpha": 0.4, "temperature": 2.0, "student_softcap": softcap}
+    expected = oracle(arguments, labels, **options)
+    arguments["student_hidden"][labels == -100] = torch.nan
+    rows = []
+    add = HeadGradients.add
+    monkeypatch.setattr(
+        HeadGradients,
+        "add",
+        lambda self, head, chunk, *products: (
+            rows.append(chunk) or add(self, head, chunk, *products)
+        ),
+    )
+    arguments, labels = {name: on_device(x) for name, x in arguments.items()}, on_device(labels)
+    with device(), kdfast.backend("torch"):
+        found = loss_and_gradients(arguments, labels, chunk_size=3, **options)
+
+    assert rows == [slice(0, 12), slice(12, 24), slice(24, 29)]
+    assert_loss_close(found[0], expected[0], dtype)
+    # The logits' gradient is rounded on its way into the products, and the result once more.
+    rounding = torch.finfo(dtype).eps
+    for name, gradient in found[1].items():
+        assert gradient.dtype == dtype
+        assert relative_error(gradient, expected[1][name]) < rounding, name
+    assert not found[1]["student_hidden"][[2, 3, 17, 28]].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -20,6 +20,11 @@ BLOCK_BYTES = 16 << 20
 
 HALF = (torch.bfloat16, torch.float16)
 
+# How many chunks' gradients in half precision the products take at once: 2 bytes a logit against 8,
+# so four take the room of one chunk of both models' logits. Each product over them reads and writes
+# the weight's gradient, which is as large as the weight.
+HALF_CHUNKS = 4
+
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """What is accumulated in: float64 where one of `dtypes` is, float32 otherwise."""
@@ -160,8 +165,7 @@ def rows_within(budget: int, vocab: int, dtype: torch.dtype, tensors: int) -> in
         tensors: how many of the logits' size there are at once, in wide precision.
     """
     per_logit = tensors * wide_dtype(dtype).itemsize
-    # The gradient too, where the products want it narrower.
-    per_logit += dtype.itemsize if dtype in HALF else 0
+    per_logit += HALF_CHUNKS * dtype.itemsize if dtype in HALF else 0
     rows = budget // max(1, vocab * per_logit)
     return max(1, rows // 64 * 64 if rows >= 64 else rows)
 
@@ -211,31 +215,37 @@ def sweep(
         spare: `[rows of the largest chunk, V]`, which the gradient may overwrite.
     """
     device, vocab, wide = student.hidden.device, len(student.weight), wide_dtype(student.dtype)
-    losses = torch.zeros(3, len(student.hidden), dtype=wide, device=device)
-    size = largest(chunks, len(student.hidden))
+    tokens = len(student.hidden)
+    losses = torch.zeros(3, tokens, dtype=wide, device=device)
+    size = largest(chunks, tokens)
     buffer = logits_buffer(size, vocab, wide, device)
     # The gradient takes the place of the student's logits, unless they are still needed or it is
     # narrower.
-    gradient_buffer = buffer
+    gradient_buffer, together = buffer, 1
     if gradients.wanted() and student.dtype in HALF:
-        gradient_buffer = logits_buffer(size, vocab, student.dtype, device)
+        together = HALF_CHUNKS
+        gradient_buffer = logits_buffer(min(together * size, tokens), vocab, student.dtype, device)
     elif gradients.wanted() and student.softcap is not None:
         gradient_buffer = logits_buffer(size, vocab, wide, device) if spare is None else spare
 
     gradients.prepare(chunks)
-    for chunk in chunks:
-        rows = student.hidden[chunk].to(student.dtype)
-        logits = student.logits(rows, buffer[: len(rows)])
-        gradient = gradient_buffer[None, : len(rows)] if gradients.wanted() else None
-        losses[:, chunk] = chunk_losses(chunk, logits[None], gradient)
-        if gradient is None:
-            continue
-        if student.softcap is not None:
-            student.uncap(gradient[0], logits)
+    for begin in range(0, len(chunks), together):
+        group = chunks[begin : begin + together]
+        joined = group[0] if together == 1 else slice(group[0].start, group[-1].stop)
+        hidden = student.hidden[joined].to(student.dtype)
         if counted is not None:
             # A row that does not count has a gradient of 0, which a NaN must not meet.
-            rows = torch.where(counted[chunk, None], rows, 0)
-        gradients.add(student, chunk, rows, gradient[0])
+            hidden = torch.where(counted[joined, None], hidden, 0)
+        for chunk, rows, gradient in zip(
+            group, hidden.split(size), gradient_buffer.split(size), strict=False
+        ):
+            logits = student.logits(rows, buffer[: len(rows)])
+            out = gradient[None, : len(rows)] if gradients.wanted() else None
+            losses[:, chunk] = chunk_losses(chunk, logits[None], out)
+            if out is not None and student.softcap is not None:
+                student.uncap(out[0], logits)
+        if gradients.wanted():
+            gradients.add(student, joined, hidden, gradient_buffer[: len(hidden)])
     gradients.finish()
     return losses
 

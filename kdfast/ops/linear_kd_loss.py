@@ -267,7 +267,7 @@ def linear_kd_loss(
         student_softcap, teacher_softcap: c, above 0; None for no cap.
         chunk_size: rows of a chunk. None takes as many as fit into the environment variable
             KDFAST_CHUNK_BYTES, by default 128 MiB on the CPU and 1 GiB elsewhere, at 8 bytes per
-            logit (10 where the products are of half precision, 16 in float64).
+            logit (16 where the products are of half precision, and in float64).
         process_group: weights and biases are this rank's shard of the vocabulary, in the order of
             the ranks and both models cut alike; everything else is the same on every rank. Labels
             and `vocab_size` count the whole vocabulary. The loss and `student_hidden`'s gradient
