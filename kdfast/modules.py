@@ -1,5 +1,7 @@
 """The operations as modules: settings at construction, tensors at the call."""
 
+import inspect
+
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -15,13 +17,17 @@ from kdfast.ops.truncated_softmax import TruncatedSoftmax
 class _Settings(nn.Module):
     """What an operation is called with, kept as attributes of the keywords' names."""
 
+    _names: tuple[str, ...]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # A class that somebody derives has the settings of the one here.
+        if cls.__module__ == __name__:
+            cls._names = tuple(inspect.signature(cls.__init__).parameters)[1:]
+
     def settings(self) -> dict[str, object]:
         """The keywords that the function is called with."""
-        return {
-            name: value
-            for name, value in vars(self).items()
-            if not name.startswith("_") and name != "training"
-        }
+        return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
@@ -364,6 +370,5 @@ class AttentionMSE(_Settings):
             teacher_key,
             key_mask=key_mask,
             query_mask=query_mask,
-            head_map=self.head_map,
             **self.settings(),
         )

@@ -38,7 +38,8 @@ def divergence_terms(
 
     The divergence of a token is Σ f, and its gradient with respect to the student's scaled logits
     is g − q · Σ g. That does not see a constant in ∂f/∂q: it is chosen so that ∂f/∂q vanishes where
-    p does, which keeps the gradient from being the small difference of large terms.
+    p does (reverse KL's is unbounded there), which keeps the gradient from being the small
+    difference of large terms.
 
     Args:
         divergence: one of `DIVERGENCES`.

@@ -273,6 +273,55 @@ def test_reductions_and_num_items(backend):
         torch.testing.assert_close(gradient, summed / divisor)
 
 
+@pytest.mark.parametrize("num_items", [0, torch.tensor(0)])
+def test_no_items_make_no_loss(num_items):
+    loss, gradient = loss_and_gradient(logits(4, 30), logits(4, 30), num_items=num_items)
+    assert loss == 0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "vocab"), [(torch.uint8, 256), (torch.int8, 200), (torch.int16, 50000)], ids=str
+)
+def test_labels_of_few_bits(dtype, vocab, backend):
+    """Neither the size of the vocabulary nor ignore_index need fit into them: 156 is no −100."""
+    student, teacher = logits(4, vocab), logits(4, vocab)
+    labels = torch.tensor([156, 1, 2, 99]).clamp_max(torch.iinfo(dtype).max)
+    found = loss_and_gradient(student, teacher, labels.to(dtype), alpha=0.5)
+    for result, expected in zip(
+        found, loss_and_gradient(student, teacher, labels, alpha=0.5), strict=True
+    ):
+        assert torch.equal(result, expected)
+
+
+def test_the_temperature_of_an_ignored_token_is_not_looked_at(backend):
+    student, teacher, labels = logits(3, 30), logits(3, 30), torch.tensor([1, -100, 2])
+    loss = kdfast.kd_loss(student, teacher, labels, temperature=torch.tensor([2.0, 0.0, 2.0]))
+    torch.testing.assert_close(loss, kdfast.kd_loss(student, teacher, labels, temperature=2.0))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_soft_term_without_a_share_is_not_looked_at(divergence, backend):
+    student, teacher, labels = logits(3, 30), logits(3, 30), torch.tensor([1, 5, 2])
+    expected = loss_and_gradient(student, teacher, labels, divergence=divergence, alpha=0.0)
+    teacher[0, 4], teacher[1] = torch.nan, -torch.inf
+    found = loss_and_gradient(student, teacher, labels, divergence=divergence, alpha=0.0)
+    for result, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(result, other)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
+@pytest.mark.parametrize("divergence", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
+def test_mixtures_of_equals_are_0_whatever_their_shares(divergence, beta):
+    student = logits(4, 1000)
+    with kdfast.backend(BACKENDS[0]):
+        loss = kdfast.kd_loss(
+            student, student.clone(), divergence=divergence, beta=beta, temperature=1000.0
+        )
+    # T² makes 1e-8 of a rounding in one of the logarithms 1e-2.
+    assert loss.abs() < 1e-6
+
+
 def test_weights_do_not_change_the_divisor(backend):
     student, teacher = logits(4, 30), logits(4, 30)
     weight = torch.tensor([2.0, 0.0, 0.5, 1.0])
@@ -680,6 +729,24 @@ def test_module_is_the_function():
     assert "divergence='skew_reverse_kl'" in repr(module)
 
 
+def test_module_passes_on_its_settings_and_nothing_else():
+    student, teacher = logits(4, 30), logits(4, 30)
+    module = kdfast.KDLoss(temperature=2.0)
+    module.note = "mine"
+    assert module(student, teacher) == kdfast.kd_loss(student, teacher, temperature=2.0)
+    module.temperature = torch.nn.Parameter(torch.full((4,), 2.0))
+    with pytest.raises(ValueError, match="temperature requires grad"):
+        module(student, teacher)
+
+    class Derived(kdfast.KDLoss):
+        def __init__(self, name, **settings):
+            super().__init__(**settings)
+            self.name = name
+
+    derived = Derived("mine", temperature=3.0)
+    assert derived(student, teacher) == kdfast.kd_loss(student, teacher, temperature=3.0)
+
+
 def test_module_knows_every_keyword_of_the_function():
     import inspect
 
@@ -725,7 +792,16 @@ def test_module_knows_every_keyword_of_the_function():
         ({"temperature": torch.zeros(4)}, ValueError, "temperature must be finite and above 0 for"),
         ({"temperature": torch.ones(5)}, ValueError, "temperature must have"),
         ({"teacher_temperature": -1.0}, ValueError, "teacher_temperature must be"),
-        ({"num_items": 0}, ValueError, "num_items must be"),
+        ({"num_items": -1}, ValueError, "num_items must be"),
+        ({"num_items": torch.tensor(-1)}, ValueError, "num_items must be .* got -1"),
+        ({"num_items": torch.tensor(float("nan"))}, ValueError, "num_items must be .* got nan"),
+        ({"num_items": torch.tensor(True)}, TypeError, "num_items must be a tensor of numbers"),
+        ({"ignore_index": None}, TypeError, "ignore_index must be a whole number"),
+        ({"scale_t2": "no"}, TypeError, "scale_t2 must be True or False, got str"),
+        ({"return_parts": 1}, TypeError, "return_parts must be True or False, got int"),
+        ({"vocab_size": 4.0}, TypeError, "vocab_size must be a whole number, got float"),
+        ({"student_logits": torch.zeros(12).unfold(0, 9, 1), "overwrite_student_logits": True},
+         ValueError, "overwrite_student_logits needs"),
         ({"num_items": torch.ones(2)}, ValueError, "num_items must be a number or a 0-d"),
         ({"num_items": 3, "reduction": "sum"}, ValueError, "num_items is the divisor"),
         ({"student_logits": torch.zeros(9, 4).t(), "overwrite_student_logits": True}, ValueError,

@@ -94,11 +94,17 @@ KDFAST_CLONES Terms<Real> paired_terms(int64_t n, Real p_weight, Real q_weight, 
       // nears q, f wants log(q / m) instead. One logarithm of the better conditioned of the two
       // gives both.
       const Real teacher_part = teacher_share * p_ratio;
-      const bool student_rules = teacher_part < Real(0.25);
+      const bool student_rules = p_ratio < Real(0.25);
       const Real log = log_near_one(student_rules ? student_share * q_ratio : q_ratio,
                                     student_rules ? -teacher_part : -teacher_share * difference);
       Real q_log_ratio = student_rules ? log - log_share : log;
       Real q_log_part = student_rules ? log : log + log_share;
+      // But the reverse KL's ∂f/∂q has a second term, which all but takes the logarithm away until
+      // the teacher's part is large.
+      if (D == Divergence::kSkewReverseKl) {
+        const Real exact = log_near_one(student_share * q_ratio, -teacher_part);
+        q_log_part = teacher_part < Real(0.25) ? exact : q_log_part;
+      }
       q_log_ratio = q < kTiny ? Real(0) : q_log_ratio;
       q_log_part = q < kTiny ? Real(0) : q_log_part;
 
@@ -303,7 +309,7 @@ void row_loss(const KdLossRows<Real>& call, int64_t outer, int64_t inner, Scratc
     const bool exponentials =
         D == Divergence::kForwardKl || (D == Divergence::kReverseKl && !has_soft);
     double by_g = soft_scale, by_q = -soft_scale * g_sum, by_hard = 0;
-    if (D == Divergence::kForwardKl) {
+    if (D == Divergence::kForwardKl && has_soft) {
       by_g *= -p_weight(chunk);
       by_q *= q_weight(chunk);
     }

@@ -4,6 +4,7 @@ Every error names the argument, what came and what was expected.
 """
 
 import math
+import numbers
 import os
 
 import torch
@@ -54,16 +55,25 @@ def check_per_token(
 def check_number(
     name: str, number: float, low: float, high: float = math.inf, *, open_low: bool = False
 ) -> None:
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(number).__name__}")
     inside = (low < number if open_low else low <= number) and number <= high and number < math.inf
     if not inside:
         raise ValueError(f"{name} must be {_interval(low, high, open_low)}, got {number}")
 
 
-def check_count(name: str, number: int) -> None:
-    if isinstance(number, bool) or not isinstance(number, int):
+def check_integer(name: str, number: int) -> None:
+    if isinstance(number, bool) or not isinstance(number, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{name} must be a whole number, got {type(number).__name__}")
+
+
+def check_flag(name: str, flag: bool) -> None:
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be True or False, got {type(flag).__name__}")
+
+
+def check_count(name: str, number: int) -> None:
+    check_integer(name, number)
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {number}")
 
@@ -89,6 +99,7 @@ def checked_vocab_size(
                 "pass vocab_size, the size of the vocabulary that the two share"
             )
         vocab_size = student
+    check_integer("vocab_size", vocab_size)
     if not 1 <= vocab_size <= min(student, teacher):
         raise ValueError(
             f"vocab_size must be at least 1 and at most the {unit} of both sides, got {vocab_size} "

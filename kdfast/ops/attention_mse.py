@@ -18,12 +18,19 @@ from kdfast.ops import registry
 from kdfast.ops.arguments import (
     check_choice,
     check_detached,
+    check_flag,
     check_floating,
     check_number,
     check_same_device,
     check_shape,
 )
-from kdfast.ops.gradient import refuse_double_backward, scale_gradient
+from kdfast.ops.gradient import (
+    distinct,
+    refuse_double_backward,
+    save_for_backward,
+    saved,
+    scale_gradient,
+)
 from kdfast.ops.head import HALF, wide_dtype
 from kdfast.ops.memory import fresh
 from kdfast.ops.rows import Addresses, cpp_kernel
@@ -517,7 +524,7 @@ class _AttentionMSE(torch.autograd.Function):
         wide = wide_dtype(student_query.dtype, student_key.dtype)
         loss = student_query.new_empty(shape, dtype=wide)
         torch.ops.kdfast.attention_mse_forward(*inputs, None, loss, *gradients, **settings)
-        ctx.save_for_backward(*(inputs if ctx.deferred else gradients))
+        save_for_backward(ctx, *(inputs if ctx.deferred else gradients))
         ctx.inputs = len(inputs)
         return loss
 
@@ -525,14 +532,13 @@ class _AttentionMSE(torch.autograd.Function):
     def backward(ctx, incoming):
         refuse_double_backward("attention_mse")
         if ctx.deferred:
-            inputs = ctx.saved_tensors
+            inputs = saved(ctx)
             gradients = _gradient_buffers(inputs, ctx.needed)
             operator = torch.ops.kdfast.attention_mse_forward
             operator(*inputs, incoming, None, *gradients, **ctx.settings)
         else:
             gradients = [
-                None if gradient is None else _scaled(gradient, incoming)
-                for gradient in ctx.saved_tensors
+                None if gradient is None else _scaled(gradient, incoming) for gradient in saved(ctx)
             ]
         return None, None, *gradients, *[None] * (ctx.inputs - 2)
 
@@ -664,11 +670,12 @@ def attention_mse(
     for name, scale in (("student_scale", student_scale), ("teacher_scale", teacher_scale)):
         if scale is not None:
             check_number(name, scale, 0, open_low=True)
+    check_flag("causal", causal)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("method", method, METHODS)
 
     settings = {
-        "causal": bool(causal),
+        "causal": causal,
         "student_scale": None if student_scale is None else float(student_scale),
         "teacher_scale": None if teacher_scale is None else float(teacher_scale),
         "reduction": reduction,
@@ -678,7 +685,8 @@ def attention_mse(
         torch.is_grad_enabled() and tensor.requires_grad for tensor in (student_query, student_key)
     )
     tensors = (student_query, student_key, teacher_query, teacher_key)
-    return _AttentionMSE.apply(settings, needed, *tensors, key_mask, query_mask, head_map)
+    tensors = distinct(*tensors, key_mask, query_mask, head_map)
+    return _AttentionMSE.apply(settings, needed, *tensors)
 
 
 def _check_key(owner: str, query: Tensor, key: Tensor) -> None:

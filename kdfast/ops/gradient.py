@@ -8,6 +8,9 @@ from kdfast.ops.head import wide_dtype
 from kdfast.ops.memory import fresh
 from kdfast.ops.rows import as_rows
 
+# What a product of half precision and float32 may have in float32, beside what it is written to.
+SCALED_ENTRIES = 1 << 18
+
 registry.library.define("scale_gradient_(Tensor(a!) gradient, Tensor incoming) -> ()")
 
 
@@ -16,12 +19,13 @@ def _scale_on_cpu(gradient: Tensor, incoming: Tensor) -> None:
         if incoming.item() != 1.0:
             gradient.mul_(incoming)
         return
-    # Row by row in the gradient's own storage: a mixed-precision product of the whole would build a
-    # float32 copy.
+    # Some rows at a time in the gradient's own storage: a mixed-precision product of the whole
+    # would build a float32 copy.
     rows = as_rows(gradient)
+    step = max(1, SCALED_ENTRIES // max(1, rows.shape[2]))
     for part, scales in zip(rows, incoming.reshape(rows.shape[:2]), strict=True):
-        for row, scale in zip(part, scales, strict=True):
-            row.mul_(scale)
+        for some, factors in zip(part.split(step), scales.split(step), strict=True):
+            some.mul_(factors.unsqueeze(1))
 
 
 def _scale_by_triton(gradient: Tensor, incoming: Tensor) -> None:
@@ -72,12 +76,44 @@ def scale_gradient(gradient: Tensor, incoming: Tensor) -> Tensor:
         incoming: a 0-d tensor, or one value per row `[...]`. Nothing is read from a GPU, and 1
             costs no sweep.
     """
+    if torch.compiler.is_compiling():
+        factor = incoming if incoming.dim() == 0 else incoming.unsqueeze(-1)
+        return (gradient * factor).to(gradient.dtype)
     if graph_is_retained():
-        return (gradient * (incoming if incoming.dim() == 0 else incoming.unsqueeze(-1))).to(
-            gradient.dtype
-        )
+        gradient = gradient.clone()
     torch.ops.kdfast.scale_gradient_(gradient, incoming)
     return gradient
+
+
+def save_for_backward(ctx, *tensors: Tensor | None) -> None:
+    """`ctx.save_for_backward`, which takes no inference tensors: those stay with the context.
+
+    A teacher that ran under `torch.inference_mode` makes such tensors.
+    """
+    compiling = torch.compiler.is_compiling()
+    ctx.inference = {
+        place: tensor
+        for place, tensor in enumerate(tensors)
+        if not compiling and tensor is not None and tensor.is_inference()
+    }
+    ctx.save_for_backward(
+        *(None if place in ctx.inference else tensor for place, tensor in enumerate(tensors))
+    )
+
+
+def saved(ctx) -> tuple[Tensor | None, ...]:
+    """What `save_for_backward` was given. Checkpointing lets it be asked for once."""
+    tensors = enumerate(ctx.saved_tensors)
+    return tuple(ctx.inference.get(place, tensor) for place, tensor in tensors)
+
+
+def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The same tensors, none of them twice: torch.compile passes none twice to a function."""
+    found: list[Tensor | None] = []
+    for tensor in tensors:
+        again = tensor is not None and any(tensor is other for other in found)
+        found.append(tensor.view_as(tensor) if again else tensor)
+    return found
 
 
 class LossWithGradient(torch.autograd.Function):
@@ -100,7 +136,9 @@ class LossWithGradient(torch.autograd.Function):
             gradient = _gradient_buffer(student_logits, overwrite)
         operator = getattr(torch.ops.kdfast, f"{operation}_forward")
         outputs = operator(student_logits, *inputs, None, gradient, **settings)
-        ctx.save_for_backward(*((student_logits, *inputs) if ctx.deferred else (gradient,)))
+        if gradient is not None and overwrite:
+            _tell_owners(student_logits)
+        save_for_backward(ctx, *((student_logits, *inputs) if ctx.deferred else (gradient,)))
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.inputs = len(inputs)
         return outputs
@@ -109,12 +147,16 @@ class LossWithGradient(torch.autograd.Function):
     def backward(ctx, incoming, *_):
         refuse_double_backward(ctx.operation)
         if ctx.deferred:
-            student_logits, *inputs = ctx.saved_tensors
-            gradient = _gradient_buffer(student_logits, ctx.overwrite and not graph_is_retained())
+            student_logits, *inputs = saved(ctx)
+            overwrite = ctx.overwrite and not graph_is_retained()
+            gradient = _gradient_buffer(student_logits, overwrite)
             operator = getattr(torch.ops.kdfast, f"{ctx.operation}_forward")
             operator(student_logits, *inputs, incoming, gradient, **ctx.settings)
+            if overwrite:
+                _tell_owners(student_logits)
         else:
-            gradient = scale_gradient(ctx.saved_tensors[0], incoming)
+            (gradient,) = saved(ctx)
+            gradient = scale_gradient(gradient, incoming)
         # For the operation's name before it, and the three settings behind the inputs.
         return None, gradient, *[None] * (ctx.inputs + 3)
 
@@ -122,9 +164,12 @@ class LossWithGradient(torch.autograd.Function):
 def _gradient_buffer(student_logits: Tensor, overwrite: bool) -> Tensor:
     if not overwrite:
         return torch.empty_like(student_logits, memory_format=torch.contiguous_format)
-    # Whoever saved the logits for a backward pass of its own must be told that they are gone.
-    torch.autograd.graph.increment_version(student_logits)
     return student_logits.detach()
+
+
+def _tell_owners(student_logits: Tensor) -> None:
+    """Whoever saved the logits for a backward pass of its own must be told that they are gone."""
+    torch.autograd.graph.increment_version(student_logits)
 
 
 class LinearLossWithGradients(torch.autograd.Function):
@@ -150,7 +195,7 @@ class LinearLossWithGradients(torch.autograd.Function):
         operator = getattr(torch.ops.kdfast, f"{operation}_forward")
         outputs = operator(*student, *inputs, None, *gradients, **settings)
         ctx.student = [None if x is None else (x.shape, x.dtype) for x in student]
-        ctx.save_for_backward(*((*student, *inputs) if ctx.deferred else gradients))
+        save_for_backward(ctx, *((*student, *inputs) if ctx.deferred else gradients))
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.inputs = len(inputs)
         return outputs
@@ -160,14 +205,15 @@ class LinearLossWithGradients(torch.autograd.Function):
         refuse_double_backward(ctx.operation)
         weight_rows = ctx.settings.get("weight_rows")
         if ctx.deferred:
-            student, inputs = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+            tensors = saved(ctx)
+            student, inputs = tensors[:3], tensors[3:]
             gradients = _gradient_buffers(student, ctx.needed, weight_rows)
             operator = getattr(torch.ops.kdfast, f"{ctx.operation}_forward")
             operator(*student, *inputs, incoming, *gradients, **ctx.settings)
         else:
             gradients = [
                 None if gradient is None else scale_gradient(gradient, incoming)
-                for gradient in ctx.saved_tensors
+                for gradient in saved(ctx)
             ]
         # Half precision is rounded to once, with the incoming scale inside.
         gradients = [

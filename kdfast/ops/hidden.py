@@ -18,7 +18,13 @@ from kdfast.ops.arguments import (
     check_same_device,
     check_shape,
 )
-from kdfast.ops.gradient import refuse_double_backward, scale_gradient
+from kdfast.ops.gradient import (
+    distinct,
+    refuse_double_backward,
+    save_for_backward,
+    saved,
+    scale_gradient,
+)
 from kdfast.ops.head import (
     HALF,
     Head,
@@ -373,21 +379,21 @@ class _HiddenLoss(torch.autograd.Function):
         loss = tensors[0].new_empty(shape, dtype=_accumulated_in(tensors[: len(needed)]))
         operator = getattr(torch.ops.kdfast, f"{operation}_forward")
         operator(*tensors, None, loss, *gradients, **settings)
-        ctx.save_for_backward(*(tensors if ctx.deferred else gradients))
+        save_for_backward(ctx, *(tensors if ctx.deferred else gradients))
         return loss
 
     @staticmethod
     def backward(ctx, incoming):
         refuse_double_backward(ctx.operation)
         if ctx.deferred:
-            tensors = ctx.saved_tensors
+            tensors = saved(ctx)
             gradients = _gradient_buffers(tensors, ctx.needed)
             operator = getattr(torch.ops.kdfast, f"{ctx.operation}_forward")
             operator(*tensors, incoming, None, *gradients, **ctx.settings)
         else:
             gradients = [
                 None if gradient is None else scale_gradient(gradient, incoming)
-                for gradient in ctx.saved_tensors
+                for gradient in saved(ctx)
             ]
         # A projection's gradients are sums over tokens in wide precision, and rounded now.
         gradients = [
@@ -535,7 +541,8 @@ def hidden_mse(
         "autocast": autocast,
     }
     needed = _needed(student, weight, bias)
-    return _HiddenLoss.apply("hidden_mse", needed, settings, student, weight, bias, teacher, mask)
+    tensors = distinct(student, weight, bias, teacher, mask)
+    return _HiddenLoss.apply("hidden_mse", needed, settings, *tensors)
 
 
 def hidden_cosine(
@@ -575,4 +582,5 @@ def hidden_cosine(
     _check_states(student, teacher, mask, reduction)
     check_shape("teacher", teacher, student.shape, "the student's shape")
     settings = {"reduction": reduction}
-    return _HiddenLoss.apply("hidden_cosine", _needed(student), settings, student, teacher, mask)
+    tensors = distinct(student, teacher, mask)
+    return _HiddenLoss.apply("hidden_cosine", _needed(student), settings, *tensors)

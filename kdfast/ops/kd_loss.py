@@ -14,12 +14,13 @@ from kdfast import reference
 from kdfast.ops import registry
 from kdfast.ops.arguments import (
     check_detached,
+    check_flag,
     check_floating,
     check_same_device,
     checked_vocab_size,
     values_are_checked,
 )
-from kdfast.ops.gradient import LossWithGradient
+from kdfast.ops.gradient import LossWithGradient, distinct
 from kdfast.ops.rows import Addresses, as_rows, check_overwritable, cpp_kernel, in_rows
 from kdfast.ops.tokens import (
     check_values,
@@ -220,7 +221,7 @@ def _kd_loss_forward(
             "temperature": temperature_per_token,
             "teacher_temperature": teacher_temperature_per_token,
         }
-        check_values(labels, temperatures, ignore_index, vocab_size)
+        check_values(labels, temperatures, ignore_index, vocab_size, num_items)
     rows = registry.select("kd_loss", BACKENDS, student_logits)
 
     share = token_share(reduction, num_items, labels, ignore_index, leading, device)
@@ -363,15 +364,14 @@ def kd_loss(
         num_items=num_items,
         return_parts=return_parts,
     )
+    check_flag("overwrite_student_logits", overwrite_student_logits)
     overwrite = overwrite_student_logits and not torch.compiler.is_compiling()
     if overwrite:
         check_overwritable(student_logits)
 
     total, soft, hard = LossWithGradient.apply(
         "kd_loss",
-        student_logits,
-        teacher_logits,
-        *per_token,
+        *distinct(student_logits, teacher_logits, *per_token),
         torch.is_grad_enabled() and student_logits.requires_grad,
         overwrite,
         {**settings, "vocab_size": vocab_size},

@@ -19,7 +19,7 @@ from kdfast.ops.arguments import (
     checked_vocab_size,
     values_are_checked,
 )
-from kdfast.ops.gradient import LinearLossWithGradients
+from kdfast.ops.gradient import LinearLossWithGradients, distinct
 from kdfast.ops.head import (
     Head,
     HeadGradients,
@@ -105,7 +105,7 @@ def _linear_kd_loss_forward(
             "temperature": temperature_per_token,
             "teacher_temperature": teacher_temperature_per_token,
         }
-        check_values(labels, temperatures, ignore_index, vocab_size)
+        check_values(labels, temperatures, ignore_index, vocab_size, num_items)
     dtype = product_dtype(student_hidden, student_weight, autocast)
     # The columns that exist, of this shard if the vocabulary is cut into shards.
     vocab = max(0, min(len(student_weight), vocab_size - vocab_offset))
@@ -314,7 +314,9 @@ def linear_kd_loss(
         tensors, needed, settings = prepare()
     else:
         tensors, needed, settings = vocab_parallel.agreed(prepare, process_group)
-    total, soft, hard = LinearLossWithGradients.apply("linear_kd_loss", *tensors, needed, settings)
+    total, soft, hard = LinearLossWithGradients.apply(
+        "linear_kd_loss", *distinct(*tensors), needed, settings
+    )
     return (total, soft, hard) if return_parts else total
 
 

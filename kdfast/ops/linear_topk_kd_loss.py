@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kdfast.ops import registry
-from kdfast.ops.arguments import check_count, values_are_checked
-from kdfast.ops.gradient import LinearLossWithGradients
+from kdfast.ops.arguments import check_count, check_flag, values_are_checked
+from kdfast.ops.gradient import LinearLossWithGradients, distinct
 from kdfast.ops.head import (
     BLOCK_BYTES,
     Head,
@@ -220,7 +220,8 @@ def _linear_topk_kd_loss_forward(
     )
     log_probs, indices = sorted_by_column(log_probs, indices)
     if values_are_checked(device):
-        check_values(labels, {"temperature": temperature_per_token}, ignore_index, vocab_size)
+        temperatures = {"temperature": temperature_per_token}
+        check_values(labels, temperatures, ignore_index, vocab_size, num_items)
         check_indices(indices, labels, ignore_index, vocab_size)
     if temperature_per_token is not None:
         temperature = temperature_per_token
@@ -481,6 +482,7 @@ def linear_topk_kd_loss(
         for tensor in student
     )
     weight_rows = None
+    check_flag("sparse_weight_grad", sparse_weight_grad)
     if sparse_weight_grad:
         if not _is_on_support(tail, alpha, labels is not None and return_parts):
             raise ValueError(
@@ -503,7 +505,7 @@ def linear_topk_kd_loss(
         "autocast": autocast,
     }
     total, soft, hard = LinearLossWithGradients.apply(
-        "linear_topk_kd_loss", *student, *tensors, needed, settings
+        "linear_topk_kd_loss", *distinct(*student, *tensors), needed, settings
     )
     return (total, soft, hard) if return_parts else total
 

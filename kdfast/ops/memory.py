@@ -12,10 +12,11 @@ def fresh(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     A fresh page costs more than the arithmetic that fills it: see docs/performance.md.
     """
     tensor = torch.empty(shape, dtype=dtype, device=device)
+    # First of all whether this is traced: nothing behind it can be.
     if (
-        device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and device.type == "cpu"
         and registry.missing("cpp") is None
-        and not torch.compiler.is_compiling()
     ):
         registry.extension().prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor

@@ -80,10 +80,13 @@ class Addresses:
 
 def check_overwritable(student_logits: Tensor) -> None:
     rows = as_rows(student_logits)
-    repeated = any(
-        stride == 0 and size > 1 for stride, size in zip(rows.stride(), rows.shape, strict=True)
-    )
-    if repeated or rows.untyped_storage() is not student_logits.untyped_storage():
+    # Rows that overlap, as those of an expanded tensor or of a window that slides, begin before one
+    # ends.
+    end, overlaps = 1, False
+    for stride, size in sorted(zip(rows.stride(), rows.shape, strict=True)):
+        overlaps |= size > 1 and stride < end
+        end += (size - 1) * stride
+    if overlaps or rows.untyped_storage() is not student_logits.untyped_storage():
         raise ValueError(
             "overwrite_student_logits needs student_logits whose rows are contiguous and distinct "
             f"in memory, got strides {student_logits.stride()}"

@@ -12,6 +12,8 @@ from kdfast.ops.arguments import (
     INTEGER,
     check_choice,
     check_detached,
+    check_flag,
+    check_integer,
     check_number,
     check_per_token,
 )
@@ -47,8 +49,13 @@ def checked_keywords(
     check_choice("reduction", reduction, REDUCTIONS)
     check_number("beta", beta, 0, 1)
     check_number("alpha", alpha, 0, 1)
+    check_integer("ignore_index", ignore_index)
+    check_flag("scale_t2", scale_t2)
+    check_flag("return_parts", return_parts)
     if labels is not None:
         check_per_token("labels", labels, tokens, device, INTEGER)
+        # Beside a narrower label, neither the vocabulary's size nor ignore_index need fit.
+        labels = labels.long()
     elif alpha < 1:
         raise ValueError(
             f"labels are needed for the hard term of alpha={alpha}; pass labels, or alpha=1.0"
@@ -102,10 +109,12 @@ def _checked_num_items(
             raise ValueError(
                 f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}"
             )
+        if num_items.dtype not in (*FLOATING, *INTEGER):
+            raise TypeError(f"num_items must be a tensor of numbers, got {num_items.dtype}")
         check_detached("num_items", num_items)
         # A number of the host is copied to a GPU without waiting for what runs there.
         return num_items.reshape(()).to(device, non_blocking=True)
-    check_number("num_items", num_items, 0, open_low=True)
+    check_number("num_items", num_items, 0)
     return torch.full((), num_items, dtype=accumulation_dtype(device), device=device)
 
 
@@ -114,6 +123,7 @@ def check_values(
     temperatures: dict[str, Tensor | None],
     ignore_index: int,
     vocab_size: int,
+    num_items: Tensor | None = None,
 ) -> None:
     """What only the tensors' contents can violate."""
     if labels is not None:
@@ -124,8 +134,18 @@ def check_values(
                 f"got {labels[outside][0].item()}"
             )
     for name, temperature in temperatures.items():
-        if temperature is not None and not ((temperature > 0) & temperature.isfinite()).all():
-            raise ValueError(f"{name} must be finite and above 0 for every token")
+        if temperature is None:
+            continue
+        outside = ~((temperature > 0) & temperature.isfinite())
+        if labels is not None:
+            outside &= (labels != ignore_index).view_as(outside)
+        if outside.any():
+            raise ValueError(
+                f"{name} must be finite and above 0 for every token, "
+                f"got {temperature[outside][0].item():g}"
+            )
+    if num_items is not None and not ((num_items >= 0) & num_items.isfinite()):
+        raise ValueError(f"num_items must be finite and at least 0, got {num_items.item():g}")
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:

@@ -12,12 +12,13 @@ from kdfast.ops import registry
 from kdfast.ops.arguments import (
     check_choice,
     check_detached,
+    check_flag,
     check_floating,
     check_same_device,
     check_shape,
     values_are_checked,
 )
-from kdfast.ops.gradient import LossWithGradient
+from kdfast.ops.gradient import LossWithGradient, distinct
 from kdfast.ops.rows import Addresses, as_rows, check_overwritable, cpp_kernel, in_rows
 from kdfast.ops.tokens import (
     check_values,
@@ -172,7 +173,8 @@ def _topk_kd_loss_forward(
     )
     log_probs, indices = sorted_by_column(log_probs, indices)
     if values_are_checked(device):
-        check_values(labels, {"temperature": temperature_per_token}, ignore_index, vocab_size)
+        temperatures = {"temperature": temperature_per_token}
+        check_values(labels, temperatures, ignore_index, vocab_size, num_items)
         check_indices(indices, labels, ignore_index, vocab_size)
     rows = registry.select("topk_kd_loss", BACKENDS, student_logits)
 
@@ -316,14 +318,14 @@ def topk_kd_loss(
         num_items=num_items,
         return_parts=return_parts,
     )
+    check_flag("overwrite_student_logits", overwrite_student_logits)
     overwrite = overwrite_student_logits and not torch.compiler.is_compiling()
     if overwrite:
         check_overwritable(student_logits)
 
     total, soft, hard = LossWithGradient.apply(
         "topk_kd_loss",
-        student_logits,
-        *tensors,
+        *distinct(student_logits, *tensors),
         torch.is_grad_enabled() and student_logits.requires_grad,
         overwrite,
         settings,
