@@ -331,13 +331,15 @@ def _conditions(runs: Runs) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("file", type=Path, nargs="?", help="default: the one of this machine's GPU")
-    path = parser.parse_args().file
+    parser.add_argument("--results", type=Path, default=report.ROOT / "bench" / "results")
+    arguments = parser.parse_args()
+    path = arguments.file
     if path is None:
         if not torch.cuda.is_available():
             print("no CUDA device found: nothing was measured")
             return 0
         facts = {"driver": "", "device": torch.cuda.get_device_name()}
-        path = report.kept_path(report.ROOT / "bench" / "results", facts)
+        path = report.kept_path(arguments.results, facts)
     runs = report.load(path)
     if not runs:
         print(f"nothing was measured: there is no {path}")

@@ -64,7 +64,7 @@ MOST = 10
 MARGIN = 0.03
 
 # The least and the most of an option; of all others, what a tile can have.
-LIMITS = {"num_warps": (1, 32), "num_stages": (1, 4), "maxnreg": (32, 255)}
+LIMITS = {"num_warps": (1, 32), "num_stages": (1, 4), "STAGES": (1, 8), "maxnreg": (32, 255)}
 TILE_LIMITS = (16, 16384)
 
 

@@ -84,6 +84,7 @@ def truncated_softmax_kernel(
     SKEWED: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
     """The k largest of log softmax(logits / T), and their columns.
@@ -120,7 +121,10 @@ def truncated_softmax_kernel(
     lane_max = tl.full([LANES], LOWEST, tl.float32)
     lane_sum = tl.zeros([LANES], tl.float32)
     for EDGE in tl.static_range(2):
-        for start in range(0, vocab - interior if EDGE else interior, BLOCK_V):
+        # The next blocks are on their way to shared memory while one is looked at.
+        for start in tl.range(
+            0, vocab - interior if EDGE else interior, BLOCK_V, num_stages=1 if EDGE else STAGES
+        ):
             columns, inside = block_columns(
                 start, head, interior, vocab, VECTOR, BLOCK_V, EDGE, SKEWED
             )
