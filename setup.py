@@ -80,6 +80,7 @@ setup(
     packages=[
         "kdfast",
         "kdfast.cli",
+        "kdfast.integrations",
         "kdfast.ops",
         "kdfast.teacher_cache",
         "kdfast.trainer",
