@@ -260,8 +260,9 @@ class _Capture:
             return (
                 f"the query of {name} does not require grad although the model trains: re-entrant "
                 "checkpointing runs it without gradients, and a loss of its attention would have "
-                "none. Use the non-reentrant kind: "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}'
+                'none. Use the non-reentrant kind, {"use_reentrant": False} among '
+                "activation_checkpointing_kwargs, which older transformers call "
+                "gradient_checkpointing_kwargs"
             )
         return (
             f"the query of {name} does not require grad although the model trains: nothing in front"

@@ -17,9 +17,11 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    BertLMHeadModel,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     TrainerState,
 )
@@ -218,6 +220,35 @@ def test_masked_student_from_a_config_directory(distill, assets, tmp_path):
     assert student.config.hidden_size == 8
 
 
+def sees_the_next_token(model: PreTrainedModel) -> bool:
+    one, other = (torch.tensor([[5, 6, 7, last]]) for last in (8, 9))
+    with torch.no_grad():
+        return not torch.equal(*(model.eval()(ids).logits[:, :-1] for ids in (one, other)))
+
+
+def test_a_fresh_bert_under_a_causal_teacher_looks_back_alone(distill, assets, tmp_path):
+    assert distill(student=assets / "masked-config", max_steps=1) == 0
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(student).__name__ == "BertLMHeadModel"
+    assert student.config.is_decoder
+    assert not sees_the_next_token(student)
+    # Its predecessor's predictions had seen what they predict.
+    student.config.is_decoder = False
+    assert sees_the_next_token(BertLMHeadModel(student.config))
+
+
+@pytest.mark.parametrize("owner", ["student", "teacher"])
+def test_a_trained_bert_that_looks_both_ways_predicts_no_next_token(
+    distill, assets, tmp_path, capfd, owner
+):
+    changes = {"student": "masked"} if owner == "student" else {"teacher": "masked"}
+    changes = {name: assets / value for name, value in changes.items()}
+    assert distill(task="causal-lm", **changes) == 2
+    message = f"the {owner} is a bert that sees the tokens which it is to predict"
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_student_checkpoint_is_where_training_starts(distill, assets, tmp_path):
     start = AutoModelForCausalLM.from_pretrained(assets / "student")
     assert distill(student=assets / "student", learning_rate=1e-6) == 0
@@ -289,6 +320,8 @@ def test_resume_goes_on_from_the_last_checkpoint(distill, tmp_path, capfd):
         ({"dataset": "{assets}/causal/model.safetensors"}, "must end in one of .txt, .json"),
         ({"dataset": "{assets}/short.txt"}, "do not fill one block of 32 tokens"),
         ({"output": "{assets}/text.txt"}, "text.txt is not a directory"),
+        ({"output": "{assets}/text.txt/out"}, "/text.txt/out cannot be made in"),
+        ({"output": "/proc/out"}, "--output /proc/out cannot be made in /"),
         ({"output": "{assets}/causal"}, "is not empty: pass another directory"),
         ({"resume": True}, "--resume: there is no checkpoint in"),
         ({"block_size": 33}, "--block-size 33 is longer than the 32 tokens"),
@@ -581,6 +614,16 @@ def test_no_command_is_an_error(capfd):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_bfloat16_without_a_gpu(distill, monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr("kdfast.cli.run.is_torch_bf16_gpu_available", lambda: False)
+    assert distill(bf16=True, device=None) == 2
+    assert capfd.readouterr().err.endswith(
+        "--bf16: torch sees no GPU that has it: pass --device cpu as well\n"
+    )
+    assert not (tmp_path / "out").exists()
+    assert distill(bf16=True, max_steps=1) == 0
+
+
 def test_a_device_that_is_not_there(distill, capfd):
     assert distill(device="cuda") == 2
     assert "--device cuda: torch sees no CUDA device" in capfd.readouterr().err

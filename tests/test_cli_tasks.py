@@ -566,7 +566,7 @@ def test_a_tokenizer_without_padding_is_an_error(prepared, write, task):
 def test_a_file_without_rows_is_an_error(tmp_path, name, text):
     path = tmp_path / name
     path.write_text(text)
-    with pytest.raises(Exception, match=f"{name} holds no rows"):
+    with pytest.raises(ValueError, match=f"{name} holds no rows"):
         load_rows(path)
 
 

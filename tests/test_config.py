@@ -460,6 +460,21 @@ def test_alone_accumulated_batches_are_one_large_batch(classified, distill, tmp_
         assert found == pytest.approx(expected, rel=1e-3)
 
 
+def test_an_optimiser_whose_package_is_missing_is_one_line(
+    settings, distill, tmp_path, monkeypatch, capsys
+):
+    def missing(*_: object) -> None:
+        raise ImportError("You need to install `galore_torch`")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.DistillationTrainer, "get_optimizer_cls_and_kwargs", missing)
+        assert distill(settings) == 2
+    assert "kdfast: error: You need to install `galore_torch`\n" in capsys.readouterr().err
+    # So that the next attempt finds an output that is empty.
+    assert not (tmp_path / "out" / "kdfast.yaml").exists()
+    assert distill(settings) == 0
+
+
 def test_a_disk_that_is_full_at_the_end_is_one_line(settings, distill, monkeypatch, capsys):
     write = files.write
 
@@ -595,6 +610,33 @@ def command(tmp_path: Path) -> list[str]:
         ({"dataset": {"file": 1}}, "dataset must be a value, got a mapping"),
         ({"initialise": [7]}, "cannot initialise the student"),
         ({"training": {"seed": 7}}, "training.seed has a flag: pass --seed"),
+        ({"training": {"resume_from_checkpoint": "x"}}, "has a flag: pass --resume"),
+        (
+            {"training": {"warmup_steps": "many"}},
+            "training.warmup_steps must be a number, got 'many'",
+        ),
+        (
+            {"training": {"max_grad_norm": "abc"}},
+            "training.max_grad_norm must be a number, got 'abc'",
+        ),
+        (
+            {"training": {"save_total_limit": 1.5}},
+            "save_total_limit must be a whole number or null",
+        ),
+        (
+            {"training": {"torch_compile": "no"}},
+            "training.torch_compile must be true or false, got",
+        ),
+        (
+            {"training": {"lr_scheduler_type": 3}},
+            "training.lr_scheduler_type must be a word, got 3",
+        ),
+        (
+            {"training": {"lr_scheduler_kwargs": [1]}},
+            "lr_scheduler_kwargs must be a word or a mapp",
+        ),
+        ({"training": {"fsdp": True, "eval_delay": "x"}}, "training.eval_delay must be a number"),
+        ({"training": {"max_steps": True}}, "training.max_steps must be a whole number, got True"),
         ({"optimizer": {"rho": 0.9}}, "optimizer needs the name of one of torch.optim"),
         ({"optimizer": {"name": "SGD", "lr": 0.5}}, "optimizer: lr is --learning-rate"),
         ({"optimizer": {"name": "Adadelta", "rhoo": 1}}, "unexpected keyword argument 'rhoo'"),

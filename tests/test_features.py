@@ -33,6 +33,7 @@ from kdfast.trainer import (
     HiddenMSE,
     Logits,
     Objective,
+    TruncatedLogits,
 )
 from kdfast.trainer.projections import FILE, Projections
 
@@ -465,6 +466,20 @@ def test_the_uniform_map(student_layers, teacher_layers, expected):
         (lambda: AttentionMSE(method="fast"), ValueError, "method must be one of"),
         (lambda: AttentionMSE(head_map=[["1"]]), TypeError, "head_map.s entries must be a number"),
         (lambda: AttentionMSE(head_map=[[1.0], [1.0, 2.0]]), ValueError, "head_map must be"),
+        (
+            lambda: AttentionMSE(head_map=3),
+            TypeError,
+            "head_map must be .* nested sequences, got 3",
+        ),
+        (lambda: AttentionMSE(head_map=[1, 0]), TypeError, r"nested sequences, got \[1, 0\]"),
+        (lambda: AttentionMSE(mask_queries="no"), TypeError, "mask_queries must be True or False"),
+        (lambda: AttentionMSE(allow_partial_scores=0), TypeError, "allow_partial_scores must be"),
+        (lambda: HiddenMSE(mask="no"), TypeError, "mask must be True or False, got str"),
+        (lambda: EmbeddingMSE(mask="no"), TypeError, "mask must be True or False, got str"),
+        (lambda: HiddenCosine(mask="no"), TypeError, "mask must be True or False, got str"),
+        (lambda: Logits(scale_t2="no"), TypeError, "scale_t2 must be True or False, got str"),
+        (lambda: Logits(per_class="no"), TypeError, "per_class must be True or False, got str"),
+        (lambda: TruncatedLogits(scale_t2="no"), TypeError, "scale_t2 must be True or False"),
         (lambda: HiddenMSE(projection="own"), ValueError, "projection must be one of"),
         (lambda: EmbeddingMSE(layers={0: 0}), ValueError, "layers is no setting"),
         (lambda: HiddenCosine(weight="1"), TypeError, "weight must be"),

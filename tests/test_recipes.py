@@ -502,6 +502,7 @@ def test_the_documented_examples_run(tmp_path, monkeypatch, number):
     [
         (lambda: distilbert(temperature=0.0), ValueError, "temperature must be"),
         (lambda: distilbert(alpha_ce=-1.0), ValueError, "weight must be"),
+        (lambda: distilbert(restrict_ce_to_mask="no"), TypeError, "restrict_ce_to_mask must be"),
         (lambda: distilbert(alpha_cos="1"), TypeError, "weight must be a number"),
         (lambda: tinybert_prediction(-1.0), ValueError, "temperature must be"),
         (lambda: bilstm(distill_weight=-1.0), ValueError, "distill_weight must be"),

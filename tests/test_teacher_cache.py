@@ -21,11 +21,24 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import kdfast
 from kdfast.ops.truncated_softmax import TruncatedSoftmax
-from kdfast.teacher_cache import TeacherCache, TeacherCacheError, build_cache, format, read
+from kdfast.teacher_cache import (
+    OtherRowsError,
+    TeacherCache,
+    TeacherCacheError,
+    build_cache,
+    format,
+    read,
+)
 from kdfast.teacher_cache.format import Layout
 
 VOCAB = 997
@@ -692,6 +705,8 @@ def test_a_foreign_shard(copy, teacher, samples, tmp_path):
         ({"format": "a recipe"}, "is not the manifest of a kdfast teacher cache"),
         ({"k": 3}, "is damaged: its settings are not those of its id"),
         ({"shards": []}, "lists 0 of 4 shards: the build was not finished"),
+        ({"shards": 3}, "is damaged: its shards are no list of entries with file, samples"),
+        ({"shards": [{}]}, "is damaged: its shards are no list of entries with file, samples"),
     ],
 )
 def test_a_manifest_that_says_something_else(copy, damage, message):
@@ -981,3 +996,53 @@ def test_killed_builds_end_with_the_same_bytes(tmp_path):
 def test_kdfast_alone_imports_no_arrow():
     script = "import sys, kdfast; sys.exit('pyarrow' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+# What the teacher cannot read.
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[1, 2], [3, VOCAB]], f"sample 1 of the dataset has token {VOCAB}, and the teacher has"),
+        ([[1, -2, 3]], "sample 0 of the dataset has token -2"),
+        (
+            [[1], [1] * 65],
+            r"samples 0 to 1 of the dataset, of which 1 is the longest with 65 tokens \(.*: 64\)",
+        ),
+    ],
+)
+def test_samples_that_the_teacher_cannot_read(teacher, tmp_path, rows, message):
+    rows = [{"input_ids": row} for row in rows]
+    with pytest.raises(ValueError, match=message):
+        build_cache(teacher, rows, tmp_path / "cache", k=2)
+
+
+def test_other_errors_of_the_teacher_are_its_own(tmp_path):
+    class Failing(GPT2LMHeadModel):
+        def forward(self, input_ids, attention_mask=None):
+            raise RuntimeError("of another kind")
+
+    with pytest.raises(RuntimeError, match=r"^of another kind$"):
+        build_cache(Failing(make_teacher().config), make_samples(), tmp_path / "cache", k=2)
+
+
+def test_an_encoder_decoder_is_no_teacher_of_a_cache(samples, tmp_path):
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, **sizes))
+    with pytest.raises(ValueError, match="no encoder-decoder, got T5ForConditionalGeneration"):
+        build_cache(model, samples, tmp_path / "cache", k=2)
+
+
+def test_rows_are_compared_with_what_the_teacher_saw(cache, samples):
+    number = next(i for i, row in enumerate(samples) if len(row["input_ids"]) > 3)
+    tokens = torch.tensor([samples[number]["input_ids"]])
+    positions = torch.ones_like(tokens, dtype=torch.bool)
+    expected = cache.rows([number], positions)
+    assert torch.equal(cache.rows([number], positions, tokens).indices, expected.indices)
+    with pytest.raises(
+        OtherRowsError, match=f"other tokens than the teacher saw of sample {number}"
+    ):
+        cache.rows([number], positions, tokens.flip(1))
+    with pytest.raises(ValueError, match="input_ids must be"):
+        cache.rows([number], positions, tokens[:, 1:])

@@ -1,4 +1,5 @@
 import copy
+import logging
 import math
 
 import pytest
@@ -6,9 +7,13 @@ import torch
 from distributed import finish, start_two
 from torch import Tensor
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    BertForTokenClassification,
+    BertLMHeadModel,
     DistilBertConfig,
     DistilBertForMaskedLM,
     Gemma2Config,
@@ -17,11 +22,15 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     TrainingArguments,
     default_data_collator,
 )
 
-from kdfast.trainer import DistillationTrainer, HardLabels, Logits, Objective, hinton
+from kdfast.trainer import DistillationTrainer, Ensemble, HardLabels, Logits, Objective, hinton
 
 VOCAB = 37
 LENGTH = 12
@@ -59,6 +68,30 @@ def bert(cls: type, width: int, **settings: object) -> torch.nn.Module:
             **settings,
         )
     )
+
+
+def encoder_decoder(family: str, start: int = 0) -> torch.nn.Module:
+    tokens = {"vocab_size": VOCAB, "decoder_start_token_id": start, "pad_token_id": 0}
+    if family == "t5":
+        config = T5Config(
+            d_model=8,
+            d_kv=4,
+            d_ff=8,
+            num_layers=1,
+            num_heads=2,
+            dropout_rate=0.0,
+            initializer_factor=5.0,
+            **tokens,
+        )
+        return T5ForConditionalGeneration(config)
+    sides = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 8))
+    }
+    config = BartConfig(d_model=8, max_position_embeddings=64, dropout=0.0, init_std=0.5, **sides)
+    config.update({**tokens, "forced_eos_token_id": None})
+    return BartForConditionalGeneration(config)
 
 
 def token_rows(count: int, *, ignored: bool = True) -> list[dict[str, Tensor]]:
@@ -620,3 +653,96 @@ def test_the_student_cannot_be_its_own_teacher(make_trainer):
     model = gpt2(8)
     with pytest.raises(ValueError, match="two models"):
         make_trainer(model, model)
+
+
+@pytest.mark.parametrize("objective", [Logits(), [Logits()]])
+def test_what_is_no_objective_is_refused(make_trainer, objective):
+    with pytest.raises(TypeError, match="objective must be an Objective, got"):
+        make_trainer(objective=objective)
+
+
+def test_arguments_of_other_types_are_refused(make_trainer):
+    with pytest.raises(TypeError, match=r"got Recipe: pass its .objective"):
+        make_trainer(objective=hinton())
+    for teacher in ("bert", 3):
+        with pytest.raises(TypeError, match="teacher must be a model or a sequence of models, got"):
+            make_trainer(teacher=teacher)
+
+
+def test_a_model_that_sees_the_next_token_does_not_learn_to_predict_it(make_trainer):
+    both_ways, decoder = (bert(BertLMHeadModel, 8, is_decoder=flag) for flag in (False, True))
+    with pytest.raises(ValueError, match=r"student \(BertLMHeadModel\) .* have is_decoder=True"):
+        make_trainer(both_ways)
+    with pytest.raises(ValueError, match=r"teacher \(BertLMHeadModel\) .* have is_decoder=True"):
+        make_trainer(teacher=both_ways)
+    assert make_trainer(decoder).shift_labels
+    assert not make_trainer(both_ways, options={"shift_labels": False}).shift_labels
+
+
+@pytest.mark.parametrize("targets", [LENGTH, LENGTH - 5])
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_an_encoder_decoder_reads_what_it_makes_of_labels(make_trainer, family, targets):
+    # Each begins its decoder's tokens with its own.
+    student, teacher = encoder_decoder(family, start=2), encoder_decoder(family, start=3)
+    rows = token_rows(4)
+    for row in rows:
+        row["labels"] = row["labels"][-targets:]
+    batch = default_data_collator(rows)
+    trainer = make_trainer(student, teacher, rows, hinton(2.0, 0.5).objective, max_steps=1)
+    logits = []
+    with torch.no_grad():
+        for model in (student.eval(), teacher.eval()):
+            start = torch.full((4, 1), model.config.decoder_start_token_id)
+            shifted = torch.cat([start, batch["labels"][:, :-1].clamp_min(0)], 1)
+            inputs = {"input_ids": batch["input_ids"], "decoder_input_ids": shifted}
+            logits.append(model(**inputs).logits.double())
+    expected = literal_hinton(*logits, batch["labels"], 2.0, 0.5).item()
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_encoder_decoder_without_its_inputs_is_an_error(make_trainer):
+    batch = default_data_collator(token_rows(2))
+    student, teacher = encoder_decoder("bart"), encoder_decoder("bart")
+    trainer = make_trainer(student, teacher, objective=Objective([Logits(tokens="all")]))
+    with pytest.raises(ValueError, match="for the student: there are no labels to make them of"):
+        trainer.compute_loss(student, {"input_ids": batch["input_ids"]})
+    trainer = make_trainer(student, Ensemble([teacher, teacher]))
+    with pytest.raises(ValueError, match="for the teacher: Ensemble makes none of labels"):
+        trainer.compute_loss(student, batch)
+
+
+@pytest.mark.parametrize("mask", ["labels", "decoder_attention_mask"])
+def test_all_tokens_of_an_encoder_decoder_are_its_decoders(make_trainer, mask):
+    student, teacher = encoder_decoder("t5"), encoder_decoder("t5")
+    batch = default_data_collator(token_rows(4))
+    batch["attention_mask"] = torch.ones(4, LENGTH, dtype=torch.int64)
+    batch["attention_mask"][1:, 3:] = 0
+    counted = batch["labels"] != -100
+    if mask == "decoder_attention_mask":
+        counted = torch.arange(LENGTH) < torch.tensor([[4], [5], [6], [7]])
+        batch[mask] = counted.long()
+    trainer = make_trainer(student, teacher, objective=Objective([Logits(tokens="all")]))
+    loss = trainer.compute_loss(student.eval(), batch)
+    with torch.no_grad():
+        # Of both with labels, of which they make the decoder's inputs.
+        s, t = (model(**batch).logits.double().log_softmax(-1) for model in (student, teacher))
+    expected = (t.exp() * (t - s)).sum(-1)[counted].mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_classes_of_tokens_that_differ_are_refused(make_trainer):
+    student, teacher = (bert(BertForTokenClassification, 8, num_labels=n) for n in (3, 5))
+    rows = [{**row, "labels": row["labels"].clamp(max=2)} for row in token_rows(4)]
+    with pytest.raises(ValueError, match="the student has 3 classes and the teacher 5"):
+        make_trainer(student, teacher, rows, max_steps=1).train()
+
+
+def test_a_loss_of_the_students_own_is_left_out_aloud(make_trainer, caplog):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    for own in (False, True):
+        config = MixtralConfig(vocab_size=VOCAB, output_router_logits=own, **sizes, **heads)
+        with caplog.at_level(logging.WARNING):
+            make_trainer(MixtralForCausalLM(config), log_level="warning")
+        assert ("auxiliary loss (output_router_logits) is no term" in caplog.text) == own

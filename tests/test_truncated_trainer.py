@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from distributed import finish, start_two
 from test_head import NothingAsLarge, assert_same_step, model_of, one_step
-from test_trainer import LENGTH, VOCAB, bert, gpt2, token_rows
+from test_trainer import LENGTH, VOCAB, bert, encoder_decoder, gpt2, token_rows
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -715,6 +715,45 @@ def test_other_data_than_the_cached(make_trainer, make_cache):
         trainer.compute_loss(trainer.model.train(), batch)
 
 
+@pytest.mark.parametrize(
+    "kind", ["another cache", "a hand-made column", "tokens changed behind attach", "too many"]
+)
+def test_rows_that_are_not_those_they_claim_to_be(make_trainer, make_cache, kind):
+    rows = [{name: value.tolist() for name, value in row.items()} for row in token_rows(6)]
+    rows = Dataset.from_list(rows)
+    cache = make_cache(gpt2(16), rows)
+    if kind == "another cache":
+        # Of the same rows in another order.
+        attached = cache.attach(rows).select([3, 0, 1, 2, 5, 4])
+        cache = make_cache(gpt2(16), attached.remove_columns("teacher_sample"))
+    elif kind == "a hand-made column":
+        attached = rows.add_column("teacher_sample", [5, 4, 3, 2, 1, 0])
+    elif kind == "too many":
+        attached = rows.add_column("teacher_sample", range(6, 12))
+    else:
+        attached = cache.attach(rows).map(lambda row: {"input_ids": row["input_ids"][::-1]})
+    trainer = make_trainer(teacher=cache, rows=attached, objective=bucketed(), max_steps=1)
+    with pytest.raises(TeacherCacheError, match="teacher_sample must come from this cache's atta"):
+        trainer.train()
+
+
+def test_an_encoder_decoder_has_no_cache(make_trainer, make_cache):
+    rows = token_rows(4)
+    student = encoder_decoder("t5")
+    with pytest.raises(
+        ValueError, match=r"\(T5ForConditionalGeneration\) predicts those of its dec"
+    ):
+        make_trainer(student, make_cache(gpt2(16), rows), rows, bucketed())
+
+
+def test_without_an_objective_the_temperature_is_the_caches(make_trainer, make_cache):
+    rows = token_rows(4)
+    trainer = make_trainer(teacher=make_cache(gpt2(16), rows, temperature=3.0), rows=rows)
+    assert trainer.objective == Objective(
+        [TruncatedLogits(0.5, K, temperature=3.0), HardLabels(0.5)]
+    )
+
+
 def test_collators_that_change_the_tokens(make_trainer, make_cache):
     rows, tokenizer = ragged_rows(6), tokenizer_of()
     cache = make_cache(still_bert(16), rows)
@@ -728,7 +767,7 @@ def test_collators_that_change_the_tokens(make_trainer, make_cache):
     # Not recognised by what it is, but by what it does.
     masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.9)
     collator = trainer(lambda rows: masking(rows)).data_collator
-    with pytest.raises(ValueError, match="changed the tokens of teacher_sample 0"):
+    with pytest.raises(ValueError, match="other tokens than the teacher saw of sample 0"):
         collator(trainer(default_data_collator).train_dataset)
 
     def flattening(rows: list[dict]) -> dict[str, Tensor]:
@@ -770,9 +809,9 @@ def test_vocabularies_of_student_and_cache(make_trainer, make_cache, caplog):
             curves.append(curve(trainer))
     for other in curves[1:]:
         assert other == pytest.approx(curves[0], rel=1e-5)
-    narrow = make_trainer(gpt2(8, VOCAB - 1), cache, rows, bucketed())
     for row in rows:
         row["input_ids"].clamp_(max=VOCAB - 2)
+    narrow = make_trainer(gpt2(8, VOCAB - 1), make_cache(teacher, rows), rows, bucketed())
     with pytest.raises(ValueError, match="vocab_size must be"):
         narrow.compute_loss(narrow.model, narrow.data_collator(narrow.train_dataset))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -55,8 +56,9 @@ class Before:
     """
 
     def __init__(self, output: Path, *, resume: bool, stage: bool) -> None:
-        if output.exists() and not output.is_dir():
+        if os.path.exists(output) and not output.is_dir():
             raise CommandError(f"--output {output} is not a directory")
+        _check_writable(output)
         self._output = output
         made = output / config.FILE
         left = [path for path in output.glob("*") if not _is_unfinished(path)]
@@ -92,6 +94,17 @@ class Before:
             return False
         names = (self._settings.keys() | settings.keys()) - {*PASSING}
         return all(_same(self._settings.get(name), settings.get(name)) for name in names)
+
+
+def _check_writable(output: Path) -> None:
+    """Tried where the output will be, with a folder that is gone at once."""
+    existing = next(path for path in (output, *output.parents) if os.path.exists(path))
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=UNFINISHED, dir=existing))
+    except OSError as error:
+        raise CommandError(
+            f"--output {output} cannot be made in {existing}: {error.strerror}"
+        ) from error
 
 
 def _is_unfinished(path: Path) -> bool:

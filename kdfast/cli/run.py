@@ -8,8 +8,11 @@ import inspect
 import json
 import os
 import sys
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +28,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 import kdfast
 from kdfast import files
@@ -75,6 +79,7 @@ from kdfast.trainer import (
 from kdfast.trainer.cached import fitted
 from kdfast.trainer.features import FeatureLoss, FeatureTerm
 from kdfast.trainer.text import EpochMasks
+from kdfast.trainer.trainer import looks_ahead
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -99,6 +104,18 @@ FLAGS_OF_TRAINING = {
     "use_cpu": "--device",
     "bf16": "--bf16",
     "fp16": "--fp16",
+    "resume_from_checkpoint": "--resume",
+}
+
+# The kinds of values that a file may hold.
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a word",
+    dict: "a mapping",
+    list: "a list",
+    type(None): "null",
 }
 
 # Flags that say nothing to a language model.
@@ -123,6 +140,12 @@ class Run:
         if settings.seed is None:
             settings.seed = DEFAULT_SEED
         check_device(settings.device)
+        if (
+            settings.bf16
+            and settings.device != "cpu"
+            and not (is_torch_bf16_gpu_available() or is_torch_xla_available())
+        ):
+            raise CommandError("--bf16: torch sees no GPU that has it: pass --device cpu as well")
         self.cache: TeacherCache | None = None
         self.vectors: tuple[torch.Tensor, torch.Tensor] | None = None
         if settings.teacher_cache is not None:
@@ -176,6 +199,9 @@ class Run:
                 optimizer_cls_and_kwargs=self.optimizer,
             )
             self._take_projections(trainer)
+            if self.optimizer is None:
+                # It may need a package.
+                trainer.get_optimizer_cls_and_kwargs(arguments, student)
         print_lines(trainer, settings.name or "")
         trainer.beside = {config.FILE: self.text}
         main = trainer.is_world_process_zero()
@@ -191,7 +217,7 @@ class Run:
                 results |= write_comparison(trainer, prepared, alone)
             if main:
                 self._write(RESULTS, json.dumps(results, indent=2) + "\n")
-        except (OSError, TypeError, ValueError) as error:
+        except (ImportError, OSError, TypeError, ValueError) as error:
             # What a batch, a disk or the optimiser had against it.
             raise CommandError(reason_of(error)) from error
         if main:
@@ -375,12 +401,18 @@ class Run:
     def _chosen_arguments(self) -> dict[str, object]:
         """Those of transformers.TrainingArguments that kdfast, the recipe or the user choose."""
         settings = self.settings
-        known = {field.name for field in fields(TrainingArguments)}
-        for name in settings.training:
+        known = {field.name: field.type for field in fields(TrainingArguments)}
+        for name, value in settings.training.items():
             if name in FLAGS_OF_TRAINING:
                 raise CommandError(f"training.{name} has a flag: pass {FLAGS_OF_TRAINING[name]}")
             if name not in known:
                 raise CommandError(f"training.{name} is no argument of TrainingArguments")
+            kinds = _kinds_of(known[name])
+            whole = type(value) is int and float in kinds
+            # fsdp may be true, which its annotation leaves out.
+            if kinds and type(value) not in kinds and not whole and name != "fsdp":
+                allowed = " or ".join(text for kind, text in KINDS.items() if kind in kinds)
+                raise CommandError(f"training.{name} must be {allowed}, got {value!r}")
         given = {
             argument: getattr(settings, flag)
             for flag, argument in TRAINING_FLAGS.items()
@@ -464,6 +496,15 @@ class Run:
         seed = settings.seed if cache is None else cache.manifest["data"]["seed"]
         data = settle_data(settings, seed, tokenizer, student, *teachers)
         architecture_for("student", student, data.task)
+        if data.task == "causal-lm":
+            if looks_ahead(student) and self._is_fresh():
+                student.is_decoder = True
+            for owner, model in [("student", student), *(("teacher", one) for one in teachers)]:
+                if looks_ahead(model):
+                    raise CommandError(
+                        f"the {owner} is a {model.model_type} that sees the tokens which it is to "
+                        "predict: its config.json must have is_decoder: true"
+                    )
         self.tokenizer, self.data = tokenizer, data
         self.student_config, self.teacher_configs = student, teachers
         self.vocab_size: int | None = None
@@ -673,6 +714,18 @@ class Run:
             if field.init and field.name in own and field.name not in FLAGS_OF_TRAINING
         ]
         return {n: own[n] for n in names if n in self.chosen_arguments or own[n] != other[n]}
+
+
+def _kinds_of(hint: object) -> set[type]:
+    """Of an annotation, the kinds of values that YAML has; none where there are others."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        kinds = [_kinds_of(part) for part in typing.get_args(hint)]
+        return set().union(*kinds) if all(kinds) else set()
+    kind = origin or hint
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return {str}
+    return {kind} & KINDS.keys()
 
 
 def _tells_apart(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -112,7 +112,9 @@ def build_cache(
         progress: is called with how many samples are done, and of how many, after each batch.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was expected.
+        TypeError, ValueError: naming the argument, what came and what was expected; an
+            encoder-decoder, whose tokens are not those of `input_ids`; a sample with tokens that
+            the teacher does not have, or more of them than it takes.
         TeacherCacheError: `output` holds something else or a damaged shard, is being written by
             another build, cannot be written; the teacher's outputs are NaN. It names the file.
 
@@ -301,6 +303,11 @@ class _Teacher:
     def __init__(self, model: nn.Module, dataset_columns: Sequence[str]) -> None:
         self.model = model
         names = inspect.signature(model.forward).parameters
+        if "decoder_input_ids" in names:
+            raise ValueError(
+                f"teacher must be no encoder-decoder, got {type(model).__name__}: a cache is of "
+                "the tokens in input_ids"
+            )
         self._takes_mask = "attention_mask" in names or any(
             parameter.kind is parameter.VAR_KEYWORD for parameter in names.values()
         )
@@ -330,9 +337,9 @@ class _Teacher:
 
     def width(self, dataset: Dataset | Sequence[Mapping[str, object]]) -> int:
         """Of the logits, by the first row that has tokens."""
-        for row in rows_of(dataset, self.columns, range(len(dataset))):
+        for sample, row in enumerate(rows_of(dataset, self.columns, range(len(dataset)))):
             if len(row["input_ids"]) > 0:
-                return self._logits([row]).shape[-1]
+                return self._logits([row], sample).shape[-1]
         raise ValueError("dataset must have tokens, got rows that are all padding")
 
     def outputs(
@@ -345,7 +352,7 @@ class _Teacher:
         rows = list(rows_of(dataset, self.columns, batch))
         lengths = [len(row["input_ids"]) for row in rows]
         if max(lengths) > 0:
-            top = self._select(self._logits(rows), manifest, generator)
+            top = self._select(self._logits(rows, batch.start), manifest, generator)
         else:
             # Padding alone, which no model takes.
             k = layout_of(manifest).k
@@ -373,7 +380,9 @@ class _Teacher:
             )
         return TruncatedSoftmax(top.log_probs.float().cpu(), top.indices.cpu())
 
-    def _logits(self, rows: list[Row]) -> Tensor:
+    def _logits(self, rows: list[Row], first: int) -> Tensor:
+        """Of rows that are the dataset's from number `first` on."""
+        self._check_tokens(rows, first)
         lengths = [len(row["input_ids"]) for row in rows]
         inputs = {name: self._batched([row[name] for row in rows], lengths) for name in rows[0]}
         if min(lengths) < max(lengths):
@@ -385,7 +394,20 @@ class _Teacher:
             inputs["attention_mask"] = self._batched(
                 [np.ones(n, np.int64) for n in lengths], lengths
             )
-        outputs = self.model(**inputs, **self._options)
+        try:
+            outputs = self.model(**inputs, **self._options)
+        except (IndexError, RuntimeError) as error:
+            # A table of positions that has come to its end fails in one of these ways, and its
+            # size is not always what the configuration says.
+            longest = max(lengths)
+            limit = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+            if isinstance(error, IndexError) or (limit is not None and longest > limit):
+                raise ValueError(
+                    f"the teacher fails on samples {first} to {first + len(rows) - 1} of the "
+                    f"dataset, of which {first + lengths.index(longest)} is the longest with "
+                    f"{longest} tokens (max_position_embeddings: {limit}): {error}"
+                ) from error
+            raise
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         if logits.shape[:-1] != (len(rows), max(lengths)):
             raise ValueError(
@@ -393,6 +415,22 @@ class _Teacher:
                 f"{tuple(logits.shape)}"
             )
         return logits
+
+    def _check_tokens(self, rows: list[Row], first: int) -> None:
+        try:
+            tokens = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+        except (AttributeError, NotImplementedError):
+            return
+        if tokens is None:
+            return
+        for sample, row in enumerate(rows, first):
+            ids = row["input_ids"]
+            wrong = ids[(ids < 0) | (ids >= tokens)]
+            if len(wrong):
+                raise ValueError(
+                    f"sample {sample} of the dataset has token {wrong[0]}, and the teacher has "
+                    f"{tokens} tokens"
+                )
 
     def _batched(self, values: list[np.ndarray], lengths: list[int]) -> Tensor:
         # On the right: what stands in front of a token is what it depends on.

@@ -236,6 +236,10 @@ SETTINGS = (
 )
 
 
+# What it says of each shard.
+ENTRY = {"file": str, "samples": int, "tokens": int, "bytes": int, "sha256": str}
+
+
 def cache_id(manifest: dict) -> str:
     """What two caches have in common only if they are the same: a hash of their settings."""
     settings = {name: manifest[name] for name in SETTINGS}
@@ -292,7 +296,18 @@ def read_manifest(directory: Path) -> dict:
         raise TeacherCacheError(f"{path} is damaged: it has no {', '.join(sorted(missing))}")
     if manifest["id"] != cache_id(manifest):
         raise TeacherCacheError(f"{path} is damaged: its settings are not those of its id")
+    shards = manifest["shards"]
+    if not isinstance(shards, list) or not all(map(_is_entry, shards)):
+        raise TeacherCacheError(
+            f"{path} is damaged: its shards are no list of entries with {', '.join(ENTRY)}"
+        )
     return manifest
+
+
+def _is_entry(entry: object) -> bool:
+    return isinstance(entry, dict) and all(
+        isinstance(entry.get(name), kind) for name, kind in ENTRY.items()
+    )
 
 
 def check_size(path: Path, entry: dict) -> None:

@@ -146,20 +146,31 @@ class TeacherCache:
             IndexError: there is no such sample.
             TeacherCacheError: its shard is damaged or of another cache.
         """
+        return self._sample(sample)[0]
+
+    def _sample(self, sample: int) -> tuple[TruncatedSoftmax, int]:
+        """What the teacher said of a sample, and the hash of what it saw."""
         sample = int(sample)
         if not -len(self) <= sample < len(self):
             raise IndexError(f"sample {sample} of a teacher cache of {len(self)}")
         number, row = divmod(sample % len(self), self.manifest["samples_per_shard"])
-        columns = self._reader().sample(number, row)
+        columns, seen = self._reader().sample(number, row)
         log_probs, indices = self._layout.decode(columns)
-        return TruncatedSoftmax(torch.from_numpy(log_probs), torch.from_numpy(indices))
+        return TruncatedSoftmax(torch.from_numpy(log_probs), torch.from_numpy(indices)), seen
 
-    def rows(self, samples: Sequence[int] | Tensor, positions: Tensor) -> TruncatedSoftmax:
+    def rows(
+        self,
+        samples: Sequence[int] | Tensor,
+        positions: Tensor,
+        input_ids: Tensor | None = None,
+    ) -> TruncatedSoftmax:
         """Several samples, where a padded batch has their tokens.
 
         Args:
             samples: `[B]`, integers.
             positions: `[B, S]`, bool, True where the sample's tokens stand: its attention mask.
+            input_ids: `[B, S]`, to be compared with the hash of what the teacher saw of each
+                sample. None trusts that these are its samples.
 
         Returns:
             `TruncatedSoftmax`, `[B, S, k]`, float32 and int64, on the CPU; −inf and −1 where
@@ -169,6 +180,7 @@ class TeacherCache:
             IndexError: there is no such sample.
             TypeError, ValueError: `positions` is no such mask, or has another number of tokens than
                 a sample.
+            OtherRowsError: `input_ids` are not the tokens that the teacher saw.
             TeacherCacheError: as for a sample.
         """
         if positions.dtype != torch.bool:
@@ -179,18 +191,30 @@ class TeacherCache:
                 f"{tuple(positions.shape)}"
             )
         positions = positions.cpu()
+        if input_ids is not None:
+            if input_ids.shape != positions.shape:
+                raise ValueError(
+                    f"input_ids must be {tuple(positions.shape)}, as positions are, got "
+                    f"{tuple(input_ids.shape)}"
+                )
+            input_ids = input_ids.cpu()
         # A tensor's list is Python numbers, without a synchronisation for each of them.
         numbers = samples.tolist() if isinstance(samples, Tensor) else list(samples)
         shape = (*positions.shape, self.k)
         log_probs = torch.full(shape, -torch.inf)
         indices = torch.full(shape, -1, dtype=torch.int64)
         for i, sample in enumerate(numbers):
-            top = self[sample]
+            top, seen = self._sample(sample)
             counted = int(positions[i].sum())
             if len(top.indices) != counted:
                 raise ValueError(
                     f"sample {sample} has {len(top.indices)} tokens in the teacher cache and "
                     f"{counted} in the batch"
+                )
+            if input_ids is not None and sample_hash(input_ids[i, positions[i]].numpy()) != seen:
+                raise OtherRowsError(
+                    f"the batch has other tokens than the teacher saw of sample {sample} of "
+                    f"{self.directory}"
                 )
             log_probs[i, positions[i]] = top.log_probs
             indices[i, positions[i]] = top.indices
@@ -288,8 +312,10 @@ class _Shard(NamedTuple):
     first_rows: list[int]
 
 
-# Of one row group: by column, all samples' values, and where each sample's begin.
-_Group = dict[str, tuple[np.ndarray, np.ndarray]]
+class _Group(NamedTuple):
+    # By column, all samples' values, and where each sample's begin.
+    columns: dict[str, tuple[np.ndarray, np.ndarray]]
+    hashes: np.ndarray
 
 
 class _Recent:
@@ -321,18 +347,19 @@ class _Readers:
         self._groups = _Recent(ROW_GROUPS_KEPT)
         self._lock = Lock()
 
-    def sample(self, number: int, row: int) -> dict[str, np.ndarray]:
-        """The columns of one row of a shard."""
+    def sample(self, number: int, row: int) -> tuple[dict[str, np.ndarray], int]:
+        """The columns of one row of a shard, and its hash."""
         # One reader at a time: a ParquetFile does not serve two.
         with self._lock:
             shard = self._shards.get(number, lambda: self._open(number))
             index = bisect_right(shard.first_rows, row) - 1
             group = self._groups.get((number, index), lambda: self._read(shard, number, index))
         place = row - shard.first_rows[index]
-        return {
+        columns = {
             name: values[starts[place] : starts[place + 1]]
-            for name, (values, starts) in group.items()
+            for name, (values, starts) in group.columns.items()
         }
+        return columns, int(group.hashes[place])
 
     def hashes(self, number: int) -> np.ndarray:
         with self._lock:
@@ -371,12 +398,15 @@ class _Readers:
     def _read(self, shard: _Shard, number: int, index: int) -> _Group:
         try:
             # On this thread: Arrow's own pool does not survive a fork.
-            table = shard.file.read_row_group(index, columns=self._names, use_threads=False)
+            table = shard.file.read_row_group(index, use_threads=False)
             columns = [table.column(name).combine_chunks() for name in self._names]
-            return {
-                name: (column.values.to_numpy(), column.offsets.to_numpy())
-                for name, column in zip(self._names, columns, strict=True)
-            }
+            return _Group(
+                {
+                    name: (column.values.to_numpy(), column.offsets.to_numpy())
+                    for name, column in zip(self._names, columns, strict=True)
+                },
+                table.column("sample_hash").to_numpy(),
+            )
         except DAMAGE as error:
             raise self._damaged(number, error) from error
 

@@ -178,8 +178,18 @@ class CachedCollator:
             return batch
         tokens, mask = batch["input_ids"], batch.get("attention_mask")
         positions = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
-        _check_unchanged(rows, tokens, positions)
-        teacher = self.cache.rows(torch.as_tensor(samples), positions)
+        if tokens.shape != positions.shape or len(tokens) != len(rows):
+            raise ValueError(
+                f"with a teacher cache a batch must be [{len(rows)} samples, positions], got "
+                f"input_ids of {tuple(tokens.shape)} and attention_mask of {tuple(positions.shape)}"
+            )
+        try:
+            teacher = self.cache.rows(torch.as_tensor(samples), positions, tokens)
+        except (IndexError, OtherRowsError) as error:
+            raise OtherRowsError(
+                f"{error}: {SAMPLE} must come from this cache's attach, and the tokens must stay "
+                "as they were: no map, and no data collator, may change them"
+            ) from error
         # A cache may hold more entries than are trained with, and the largest come first.
         batch[LOG_PROBS] = teacher.log_probs[..., : self.k]
         batch[INDICES] = teacher.indices[..., : self.k]
@@ -197,27 +207,6 @@ class CachedCollator:
                 predicted = torch.nn.functional.pad(positions[:, :-1], (1, 0), value=True)
             batch["labels"] = batch["labels"].masked_fill(~predicted, IGNORE_INDEX)
         return batch
-
-
-def _check_unchanged(
-    rows: Sequence[Mapping[str, object]], tokens: Tensor, positions: Tensor
-) -> None:
-    """A collator may pad, and nothing else: the teacher has seen the tokens of the dataset."""
-    if tokens.shape != positions.shape or len(tokens) != len(rows):
-        raise ValueError(
-            f"with a teacher cache a batch must be [{len(rows)} samples, positions], got input_ids "
-            f"of {tuple(tokens.shape)} and attention_mask of {tuple(positions.shape)}"
-        )
-    for row, collated, real in zip(rows, tokens, positions, strict=True):
-        expected = torch.as_tensor(row["input_ids"])
-        if row.get("attention_mask") is not None:
-            expected = expected[torch.as_tensor(row["attention_mask"]).bool()]
-        if not torch.equal(collated[real], expected.to(collated)):
-            raise ValueError(
-                f"the data collator changed the tokens of teacher_sample {row[SAMPLE]}, "
-                "and the cached teacher saw those of the dataset: change them before the cache is "
-                "built"
-            )
 
 
 def pop_rows(inputs: dict[str, Tensor]) -> TruncatedSoftmax | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kdfast.ops.arguments import check_count, check_number
 from kdfast.trainer.features import without_adapter
+from kdfast.trainer.head import output_embeddings
 from kdfast.trainer.outputs import logits_of
 
 # A teacher, or what makes one.
@@ -85,9 +86,11 @@ class Ensemble(nn.Module):
         # As submodules they move with the ensemble, which the others must not.
         self.models = nn.ModuleList([] if offload else models)
         self.input_names: set[str] = set()
+        self.decodes = False
         for member in members:
             with self._present(member, None) as model:
                 self.input_names |= forward_names(model)
+                self.decodes |= decodes(model)
             # The next one is made without it.
             del model
 
@@ -156,3 +159,11 @@ def forward_names(model: nn.Module) -> set[str]:
     if isinstance(model, Ensemble):
         return model.input_names
     return set(inspect.signature(without_adapter(model).forward).parameters)
+
+
+def decodes(model: nn.Module) -> bool:
+    """Whether a model is an encoder and a decoder, whose logits are of the decoder's tokens."""
+    if isinstance(model, Ensemble):
+        return model.decodes
+    language_model = output_embeddings(without_adapter(model)) is not None
+    return language_model and "decoder_input_ids" in forward_names(model)

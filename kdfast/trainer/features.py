@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.capture import AttentionInputs, attention_layers, capture_attention
-from kdfast.ops.arguments import check_choice, check_number
+from kdfast.ops.arguments import check_choice, check_flag, check_number
 from kdfast.ops.attention_mse import METHODS, REDUCTIONS, attention_mse
 from kdfast.ops.hidden import hidden_cosine, hidden_mse
 from kdfast.trainer.projections import Projections
@@ -135,8 +135,16 @@ class AttentionMSE(_LayerTerm):
         super().__post_init__()
         check_choice("reduction", self.reduction, [r for r in REDUCTIONS if r != "none"])
         check_choice("method", self.method, METHODS)
+        check_flag("mask_queries", self.mask_queries)
+        check_flag("allow_partial_scores", self.allow_partial_scores)
         if self.head_map is not None:
-            rows = [len(row) for row in self.head_map]
+            try:
+                rows = [len(row) for row in self.head_map]
+            except TypeError:
+                raise TypeError(
+                    "head_map must be [student heads, teacher heads] as nested sequences, got "
+                    f"{self.head_map!r:.60}"
+                ) from None
             if not rows or len(set(rows)) > 1 or rows[0] == 0:
                 raise ValueError(
                     f"head_map must be [student heads, teacher heads], got rows of lengths {rows}"
@@ -222,6 +230,7 @@ class HiddenMSE(_LayerTerm):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("projection", self.projection, PROJECTIONS)
+        check_flag("mask", self.mask)
 
     def projection_of(self, layer: int, widths: Pair) -> str | None:
         """The name of the projection of a student's layer, between two widths; None without."""
@@ -301,6 +310,10 @@ class HiddenCosine(_LayerTerm):
     """
 
     mask: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flag("mask", self.mask)
 
     def loss(
         self,

@@ -12,6 +12,7 @@ from kdfast.ops.arguments import (
     INTEGER,
     check_choice,
     check_count,
+    check_flag,
     check_number,
     check_per_token,
     checked_vocab_size,
@@ -68,9 +69,11 @@ class Logits:
         check_number("temperature", self.temperature, 0, open_low=True)
         check_choice("divergence", self.divergence, DIVERGENCES)
         check_number("beta", self.beta, 0, 1)
+        check_flag("scale_t2", self.scale_t2)
         if self.teacher_temperature is not None:
             check_number("teacher_temperature", self.teacher_temperature, 0, open_low=True)
         check_choice("tokens", self.tokens, TOKENS)
+        check_flag("per_class", self.per_class)
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class TruncatedLogits:
         check_choice("tail", self.tail, TAILS)
         check_number("temperature", self.temperature, 0, open_low=True)
         check_number("beta", self.beta, 0, 1)
+        check_flag("scale_t2", self.scale_t2)
         if self.divergence not in TAIL_DIVERGENCES[self.tail]:
             raise ValueError(
                 f"divergence must be one of {TAIL_DIVERGENCES[self.tail]} with tail={self.tail!r}, "

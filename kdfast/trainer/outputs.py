@@ -11,6 +11,9 @@ from kdfast.trainer.head import IGNORE_INDEX
 SPAN_LOGITS = ("start_logits", "end_logits")
 SPAN_LABELS = ("start_positions", "end_positions")
 
+# What the tokens of an encoder-decoder's logits are called among its inputs.
+DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds"}
+
 
 def logits_of(outputs: Mapping[str, Tensor] | tuple) -> Tensor:
     """`[B, C]` of classes, `[B, S, V]` of a class per token, `[B, 2, S]` of the ends of a span."""

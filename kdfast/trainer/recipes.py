@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import BertConfig, DistilBertConfig, PreTrainedConfig
 
-from kdfast.ops.arguments import check_number
+from kdfast.ops.arguments import check_flag, check_number
 from kdfast.trainer.features import AttentionMSE, EmbeddingMSE, HiddenCosine, HiddenMSE
 from kdfast.trainer.lstm import BiLSTMConfig
 from kdfast.trainer.objective import (
@@ -148,6 +148,7 @@ def distilbert(
         >>> student = DistilBertForMaskedLM(recipe.student_config)
         >>> initialise_from_teacher(student, teacher)
     """
+    check_flag("restrict_ce_to_mask", restrict_ce_to_mask)
     tokens = "labelled" if restrict_ce_to_mask else "all"
     terms = [
         Logits(alpha_ce, temperature, tokens=tokens),

@@ -20,7 +20,7 @@ from kdfast.trainer.head import (
     output_embeddings,
 )
 from kdfast.trainer.objective import Objective, TruncatedLogits, labels_of
-from kdfast.trainer.outputs import logits_of
+from kdfast.trainer.outputs import DECODER_INPUTS, logits_of
 
 logger = logging.get_logger(__name__)
 
@@ -46,7 +46,11 @@ class Batch:
     @property
     def mask(self) -> Tensor | None:
         """`[B, S]` bool, True for the tokens that are no padding; None where all are."""
-        mask = self.student.get("attention_mask")
+        decoder = DECODER_INPUTS & self.student.keys()
+        mask = self.student.get("decoder_attention_mask" if decoder else "attention_mask")
+        if mask is None and decoder and self.labels is not None:
+            # A decoder's padding is seldom masked: it stands behind what is predicted.
+            return self.labels != IGNORE_INDEX
         return None if mask is None else mask.bool()
 
     @property
@@ -197,9 +201,7 @@ class Step:
 
     def _truncate(self, logits: Tensor, student: OutputHead) -> TruncatedSoftmax:
         widths = student.linear.out_features, logits.shape[-1]
-        return self.objective.soft.truncate(
-            logits, self._shared_vocab_size(*widths, per_token=True)
-        )
+        return self.objective.soft.truncate(logits, self._shared_vocab_size(*widths))
 
     def _teacher_at_head(
         self, heads: Heads, forward: Callable[[], object], batch: Batch
@@ -236,8 +238,14 @@ class Step:
         if heads is not None:
             return self._of_hidden(heads, model, forward, batch, teacher, share)
         outputs = forward()
+        name = type(without_adapter(self._unwrap(model))).__name__
         loss, terms = self._of_logits(
-            logits_of(outputs), teacher, batch, share, overwrite=overwrite
+            logits_of(outputs),
+            teacher,
+            batch,
+            share,
+            classes=name.endswith("ForTokenClassification"),
+            overwrite=overwrite,
         )
         return outputs, loss, terms
 
@@ -248,6 +256,7 @@ class Step:
         batch: Batch,
         share: Share,
         *,
+        classes: bool,
         overwrite: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if isinstance(teacher, Tensor) and student_logits.dtype == torch.float16:
@@ -270,7 +279,7 @@ class Step:
         vocab_size = self.vocab_size
         if isinstance(teacher, Tensor):
             widths = student_logits.shape[-1], teacher.shape[-1]
-            vocab_size = self._shared_vocab_size(*widths, per_token=per_token)
+            vocab_size = self._shared_vocab_size(*widths, classes=classes or not per_token)
         return self.objective(
             student_logits,
             teacher,
@@ -318,7 +327,7 @@ class Step:
             weight, vocab_size = student.linear.weight, self.vocab_size
             if teacher_head is not None:
                 widths = len(weight), len(teacher_head.linear.weight)
-                vocab_size = self._shared_vocab_size(*widths, per_token=True)
+                vocab_size = self._shared_vocab_size(*widths)
             common = {
                 "vocab_size": vocab_size,
                 **self._divisors(batch, share, hidden.shape[:-1]),
@@ -394,11 +403,11 @@ class Step:
             )
 
     def _shared_vocab_size(
-        self, student_width: int, teacher_width: int, *, per_token: bool
+        self, student_width: int, teacher_width: int, *, classes: bool = False
     ) -> int | None:
         if self.vocab_size is not None or student_width == teacher_width:
             return self.vocab_size
-        if not per_token:
+        if classes:
             raise ValueError(
                 f"the student has {student_width} classes and the teacher {teacher_width}"
             )

@@ -8,19 +8,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
 from kdfast.teacher_cache import TeacherCache
 from kdfast.trainer.cached import SAMPLE, CachedCollator, attach, fitted, pop_rows
 from kdfast.trainer.checkpoints import WholeCheckpoints
-from kdfast.trainer.ensemble import Ensemble, forward_names
+from kdfast.trainer.ensemble import Ensemble, decodes, forward_names
 from kdfast.trainer.features import FeatureLoss, without_adapter
 from kdfast.trainer.objective import Objective
-from kdfast.trainer.outputs import pop_labels
+from kdfast.trainer.outputs import DECODER_INPUTS, pop_labels
 from kdfast.trainer.projections import Projections
-from kdfast.trainer.recipes import hinton
+from kdfast.trainer.recipes import Recipe, hinton
 from kdfast.trainer.step import Batch, Share, Step
 from kdfast.trainer.vocabulary import check_same_vocabulary
 
@@ -33,11 +36,13 @@ PROJECTIONS = "distillation_projections"
 class DistillationTrainer(WholeCheckpoints):
     """Trains a student towards a teacher's outputs; everything else is `transformers.Trainer`.
 
-    Causal and masked language models and classifiers work: whatever takes `labels` and returns
-    `logits`. The loss is the objective, divided by `num_items_in_batch`: accumulated gradients
-    equal those of one large batch. Each term is logged beside `loss`, averaged in the same way:
-    `soft_loss` (the divergence, without weight and T²) and `hard_loss` (cross entropy), and as
-    `eval_soft_loss` and `eval_hard_loss` beside `eval_loss`, which is the objective too.
+    Causal and masked language models, encoder-decoders and classifiers work: whatever takes
+    `labels` and returns `logits`. Where a batch has no `decoder_input_ids`, an encoder-decoder gets
+    those that it makes of labels. The loss is the objective, divided by `num_items_in_batch`:
+    accumulated gradients equal those of one large batch. Each term is logged beside `loss`,
+    averaged in the same way: `soft_loss` (the divergence, without weight and T²) and `hard_loss`
+    (cross entropy), and as `eval_soft_loss` and `eval_hard_loss` beside `eval_loss`, which is the
+    objective too.
 
     The teacher is put in eval mode, frozen, moved to the trainer's device in its own dtype, and run
     under inference mode. It is neither wrapped nor saved. Inputs that only one of the two models
@@ -71,7 +76,7 @@ class DistillationTrainer(WholeCheckpoints):
             get their column `teacher_sample` (`TeacherCache.attach`) unless they have it. An
             evaluation set that the cache does not hold is evaluated by the hard loss alone, with a
             warning.
-        objective: None takes `hinton().objective`.
+        objective: None takes `hinton().objective`, with a teacher cache at the cache's temperature.
         vocab_size: the tokens that both models have. None takes the narrower of the two logits,
             with a warning if they differ; with a teacher cache it is the cache's.
         shift_labels: whether position i's logits predict label i + 1. None decides by the student's
@@ -86,11 +91,11 @@ class DistillationTrainer(WholeCheckpoints):
     Raises:
         TypeError, ValueError: a teacher that is the student, no teacher or two, tokenizers that
             differ, an argument of `transformers.Trainer` that changes the loss
-            (`compute_loss_func`, `label_smoothing_factor`); a teacher cache that the objective,
+            (`compute_loss_func`, `label_smoothing_factor`); a model that is to predict the next
+            token and sees it (a BERT without `is_decoder`); a teacher cache that the objective,
             the training set or a data collator which masks tokens does not fit; models without the
-            layers or the widths that the objective compares; at a step, a batch
-            without the labels that the objective needs, or with other tokens than the cached
-            teacher saw.
+            layers or the widths that the objective compares; at a step, a batch without the labels
+            that the objective needs, or with other tokens than the cached teacher saw.
 
     Example:
         >>> objective = hinton(temperature=4.0, alpha=0.9).objective
@@ -116,6 +121,19 @@ class DistillationTrainer(WholeCheckpoints):
         if (teacher is None) == (teacher_cache is None):
             got = "neither" if teacher is None else "both"
             raise ValueError(f"exactly one of teacher and teacher_cache must be given, got {got}")
+        if isinstance(teacher, str) or not isinstance(teacher, nn.Module | Sequence | None):
+            raise TypeError(
+                f"teacher must be a model or a sequence of models, got {type(teacher).__name__}"
+            )
+        if not isinstance(teacher_cache, TeacherCache | None):
+            raise TypeError(
+                f"teacher_cache must be a TeacherCache, got {type(teacher_cache).__name__}"
+            )
+        if not isinstance(objective, Objective | None):
+            advice = ": pass its .objective" if isinstance(objective, Recipe) else ""
+            raise TypeError(
+                f"objective must be an Objective, got {type(objective).__name__}{advice}"
+            )
         if isinstance(teacher, Sequence):
             teacher = Ensemble(teacher, vocab_size=vocab_size)
         super().__init__(*args, **kwargs)
@@ -130,12 +148,18 @@ class DistillationTrainer(WholeCheckpoints):
             teacher = teacher.to(self.args.device)
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
         self.teacher_cache = teacher_cache
-        self.objective = hinton().objective if objective is None else objective
+        if objective is None:
+            recipe = hinton() if teacher_cache is None else hinton(teacher_cache.temperature)
+            objective = recipe.objective
+        self.objective = objective
         self.vocab_size = vocab_size
         self.overwrite_student_logits = overwrite_student_logits
 
         student = without_adapter(self.model)
         self.shift_labels = _is_causal(student) if shift_labels is None else shift_labels
+        if self.shift_labels and shift_labels is None and self.objective.of_tokens:
+            _check_looks_back("student", student)
+            _check_looks_back("teacher", without_adapter(teacher))
         # Trainer counts num_items_in_batch for losses that divide by it, over the positions that
         # they look at.
         self.model_accepts_loss_kwargs = True
@@ -148,6 +172,8 @@ class DistillationTrainer(WholeCheckpoints):
             set() if isinstance(teacher, Ensemble) else student_names - teacher_names
         )
         self._teacher_only = teacher_names - student_names
+        self._student_decodes = decodes(student)
+        self._teacher_decodes = teacher is not None and decodes(teacher)
         self._teacher_options = {"use_cache": False} if "use_cache" in teacher_names else {}
         if teacher_cache is not None:
             self._take_from(teacher_cache)
@@ -185,6 +211,11 @@ class DistillationTrainer(WholeCheckpoints):
             raise ValueError(
                 "the student's problem_type must not be 'multi_label_classification': no term has "
                 "the loss of several labels"
+            )
+        if getattr(config, "output_router_logits", False):
+            logger.warning_once(
+                "The student's own auxiliary loss (output_router_logits) is no term of the "
+                "objective: its experts train without it."
             )
         if self.compute_loss_func is not None:
             raise ValueError(
@@ -269,8 +300,12 @@ class DistillationTrainer(WholeCheckpoints):
 
     def _take_from(self, cache: TeacherCache) -> None:
         """Batches with the cache's rows, and an objective that fits them."""
-        if not isinstance(cache, TeacherCache):
-            raise TypeError(f"teacher_cache must be a TeacherCache, got {type(cache).__name__}")
+        if self._student_decodes:
+            raise ValueError(
+                "a teacher cache is of the tokens in input_ids, and the student "
+                f"({type(without_adapter(self.model)).__name__}) predicts those of its decoder: "
+                "pass teacher"
+            )
         if self.vocab_size not in (None, cache.vocab_size):
             raise ValueError(
                 f"vocab_size must be the teacher cache's, {cache.vocab_size}, got {self.vocab_size}"
@@ -307,6 +342,10 @@ class DistillationTrainer(WholeCheckpoints):
             )
         student = {k: v for k, v in inputs.items() if k not in self._teacher_only}
         teacher = {k: v for k, v in inputs.items() if k not in self._student_only}
+        if self._student_decodes:
+            _add_decoder_inputs("student", self.model, student, labels)
+        if self._teacher_decodes:
+            _add_decoder_inputs("teacher", self.teacher, teacher, labels)
         loss, self._terms, outputs = self._step(
             model,
             Batch(student, teacher | self._teacher_options, labels, cached),
@@ -448,6 +487,41 @@ class DistillationTrainer(WholeCheckpoints):
 
 def _is_of_sequences(model: nn.Module) -> bool:
     return type(without_adapter(model)).__name__.endswith("ForSequenceClassification")
+
+
+def _add_decoder_inputs(
+    owner: str, model: nn.Module, inputs: dict[str, object], labels: Tensor | None
+) -> None:
+    """What an encoder-decoder makes of labels itself, where it gets them."""
+    if DECODER_INPUTS & inputs.keys():
+        return
+    model = without_adapter(model)
+    make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if make is None or labels is None:
+        reason = "there are no labels to make them of"
+        if labels is not None:
+            reason = f"{type(model).__name__} makes none of labels"
+        raise ValueError(f"the batch must have decoder_input_ids for the {owner}: {reason}")
+    inputs["decoder_input_ids"] = make(labels)
+
+
+def _check_looks_back(owner: str, model: nn.Module | None) -> None:
+    """That a model which is to predict the next token does not see it."""
+    if looks_ahead(getattr(model, "config", None)):
+        raise ValueError(
+            f"the {owner} ({type(model).__name__}) sees the tokens that it is to predict: its "
+            "config must have is_decoder=True, unless shift_labels says what is meant"
+        )
+
+
+def looks_ahead(config: object) -> bool:
+    """Whether a config is that of an encoder, whose language model looks both ways."""
+    encoders = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
+    return (
+        getattr(config, "model_type", None) in encoders
+        and not getattr(config, "is_encoder_decoder", False)
+        and getattr(config, "is_decoder", None) is False
+    )
 
 
 def _is_causal(model: nn.Module) -> bool:
