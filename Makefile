@@ -26,7 +26,7 @@ demo: $(VENV)/installed
 test: export OMP_WAIT_POLICY = passive
 test: $(VENV)/installed
 	$(BIN)/pytest tests -n auto --dist loadfile
-	TRITON_INTERPRET=1 $(BIN)/pytest -n auto --dist worksteal tests/test_triton.py tests/test_triton_topk.py tests/test_triton_attention_mse.py tests/test_triton_hidden.py
+	TRITON_INTERPRET=1 $(BIN)/pytest -n auto --dist worksteal tests/test_triton_*.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -51,16 +51,11 @@ class BuildWithCMake(build_ext):
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         build = Path(self.build_temp).resolve()
         configure = [
-            *(
-                "cmake",
-                "-S",
-                str(ROOT / "csrc"),
-                "-B",
-                str(build),
-                "-G",
-                "Ninja",
-                "-DCMAKE_BUILD_TYPE=Release",
-            ),
+            "cmake",
+            f"-S{ROOT / 'csrc'}",
+            f"-B{build}",
+            "-GNinja",
+            "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DKDFAST_OUTPUT_DIR={target.parent}",

@@ -161,6 +161,7 @@ def trial_of(case: Case, member: Member) -> Trial:
     terms = ("loss", "gradient") if case.backward else ("loss",)
     # Both sets of logits are read, and the gradient is written.
     passes = member.passes or (3 if case.backward else 2)
+    in_place = member.overwrites_student or member.is_ceiling
     return Trial(
         step=step,
         reset=reset,
@@ -172,6 +173,7 @@ def trial_of(case: Case, member: Member) -> Trial:
         about={**asdict(case), "is_ceiling": member.is_ceiling},
         copy_rate=problem.copy_rate,
         product_rate=measure.product_rate(case.device, case.torch_dtype),
+        gradient_bytes=student.nbytes if case.backward and not in_place else 0,
     )
 
 

@@ -116,6 +116,9 @@ def trial_of(case: LinearTopKCase, member: Member) -> Trial:
     touched = problem.indices.unique().numel() if needs_support else case.vocab
     columns = case.k if needs_support else case.vocab
     row_bytes = case.width * problem.weight.itemsize
+    # A sparse gradient needs the touched rows and their int64 indices.
+    is_sparse = "sparse gradient" in member.name
+    weight_gradient_bytes = touched * (row_bytes + 8) if is_sparse else problem.weight.nbytes
     return Trial(
         step=step,
         reset=reset,
@@ -129,6 +132,7 @@ def trial_of(case: LinearTopKCase, member: Member) -> Trial:
         about={**asdict(case), "is_ceiling": member.is_ceiling},
         copy_rate=problem.copy_rate,
         product_rate=measure.product_rate(case.device, case.torch_dtype),
+        gradient_bytes=problem.hidden.nbytes + weight_gradient_bytes,
         # The logits, and the two gradients.
         operations=3 * 2 * case.rows * columns * case.width,
     )

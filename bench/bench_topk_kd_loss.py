@@ -160,6 +160,7 @@ def trial_of(case: TopKCase, member: Member) -> Trial:
         about=asdict(case),
         copy_rate=problem.copy_rate,
         product_rate=measure.product_rate(case.device, case.torch_dtype),
+        gradient_bytes=0 if member.overwrites_student else student.nbytes,
     )
 
 

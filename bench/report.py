@@ -29,6 +29,9 @@ Runs = dict[str, Run]
 
 MIB = 2**20
 
+# What the middle half of a member's rounds may span, of their median.
+UNSTEADY = 0.4
+
 # How the reason begins for which a member of kdfast's own is absent, if that is none.
 OWN_FAILURE = "kdfast fails: "
 
@@ -200,9 +203,15 @@ def _cell(entry: Measurement | None, name: str = "", decimals: int = 1) -> str:
     return f"{name}{milliseconds(entry['seconds'])} ({entry['relative']:.{decimals}f}×)"
 
 
-def _mebibytes(entry: Measurement, *, gradients: bool) -> str:
-    size = entry["peak_bytes"] - (0 if gradients else entry["gradient_bytes"])
-    return f"{size / MIB:.0f}"
+def _extra_mebibytes(entry: Measurement) -> str:
+    """The peak above the inputs and the gradients."""
+    return f"{max(0, entry['peak_bytes'] - entry['gradient_bytes']) / MIB:.0f}"
+
+
+def _extra_memory(members: list[Measurement]) -> str:
+    """kdfast's, and that of the hand-written code."""
+    fused, eager = _of(members, "kdfast"), _fastest(members, "eager")
+    return f"{_extra_mebibytes(fused)} / {_extra_mebibytes(eager)} MiB"
 
 
 def _family_cell(members: list[Measurement], family: str) -> str:
@@ -213,32 +222,33 @@ def _family_cell(members: list[Measurement], family: str) -> str:
 
 
 def _dense_summary(members: list[Measurement]) -> list[str]:
-    fused, eager = _of(members, "kdfast"), _of(members, "eager")
+    fused = _of(members, "kdfast")
     peer = _fastest([entry for entry in members if _is_peer(entry) and not entry["wrong"]])
     return [
-        _cell(eager),
-        _cell(_of(members, "compile")),
+        *(_family_cell(members, family) for family in ("eager", "compile")),
         _cell(peer, peer["member"] + " " if peer else ""),
-        f"{fused['bytes_per_second'] / 1e9:.1f} GB/s",
-        f"{fused['share_of_copy']:.0%}",
-        f"{_mebibytes(fused, gradients=True)} / {_mebibytes(eager, gradients=True)} MiB",
+        *_bandwidth(fused),
+        _extra_memory(members),
     ]
+
+
+def _bandwidth(entry: Measurement) -> list[str]:
+    return [f"{entry['bytes_per_second'] / 1e9:.1f} GB/s", f"{entry['share_of_copy']:.0%}"]
 
 
 def _dense_details(entry: Measurement) -> list[str]:
     return [
         f"{entry['bytes_per_second'] / 1e9:.1f}",
         f"{entry['share_of_copy']:.0%}",
-        _mebibytes(entry, gradients=True),
+        _extra_mebibytes(entry),
     ]
 
 
 def _linear_kd_loss_summary(members: list[Measurement]) -> list[str]:
-    fused, eager = _of(members, "kdfast"), _fastest(members, "eager")
     return [
         _cell(_of(members, "bare products"), decimals=2),
         *(_family_cell(members, family) for family in ("eager", "compile", "liger", "trl")),
-        f"{_mebibytes(fused, gradients=False)} / {_mebibytes(eager, gradients=False)} MiB",
+        _extra_memory(members),
     ]
 
 
@@ -246,69 +256,57 @@ def _linear_kd_loss_details(entry: Measurement) -> list[str]:
     return [
         f"{entry['of_ceiling']:.2f}×" if "of_ceiling" in entry else "–",
         f"{entry['operations'] / entry['seconds'] / 1e9:.0f}",
-        _mebibytes(entry, gradients=False),
+        _extra_mebibytes(entry),
     ]
 
 
 def _truncated_softmax_summary(members: list[Measurement]) -> list[str]:
-    fused, eager = _of(members, "kdfast"), _fastest(members, "eager")
     return [
         *(_family_cell(members, family) for family in ("eager", "compile")),
         _cell(_of(members, "torch.topk alone")),
-        f"{fused['bytes_per_second'] / 1e9:.1f} GB/s",
-        f"{fused['share_of_copy']:.0%}",
-        f"{_mebibytes(fused, gradients=True)} / {_mebibytes(eager, gradients=True)} MiB",
+        *_bandwidth(_of(members, "kdfast")),
+        _extra_memory(members),
     ]
 
 
 def _linear_topk_kd_loss_summary(members: list[Measurement]) -> list[str]:
-    fused, eager = _of(members, "kdfast"), _fastest(members, "eager")
     return [
         _cell(_of(members, "kdfast sparse gradient"), decimals=2),
         _cell(_of(members, "bare products"), decimals=2),
         *(_family_cell(members, family) for family in ("eager", "compile")),
         _cell(_fastest(members, "full head + topk_kd_loss")),
-        f"{_mebibytes(fused, gradients=True)} / {_mebibytes(eager, gradients=True)} MiB",
+        _extra_memory(members),
     ]
 
 
 def _linear_topk_kd_loss_details(entry: Measurement) -> list[str]:
     return [
         f"{entry['operations'] / entry['seconds'] / 1e9:.0f}",
-        _mebibytes(entry, gradients=True),
+        _extra_mebibytes(entry),
     ]
 
 
 def _attention_mse_summary(members: list[Measurement]) -> list[str]:
-    fused, eager = _of(members, "kdfast"), _fastest(members, "eager")
-    return [
-        *(_family_cell(members, family) for family in ("eager", "compile")),
-        *(_family_cell(members, family) for family in ("tinybert", "textbrewer")),
-        f"{_mebibytes(fused, gradients=False)} / {_mebibytes(eager, gradients=False)} MiB",
-    ]
-
-
-def _hidden_summary(members: list[Measurement]) -> list[str]:
-    fused, eager = _of(members, "kdfast"), _fastest(members, "eager")
-    return [
-        *(_family_cell(members, family) for family in ("eager", "compile", "textbrewer")),
-        f"{fused['bytes_per_second'] / 1e9:.1f} GB/s",
-        f"{fused['share_of_copy']:.0%}",
-        f"{_mebibytes(fused, gradients=False)} / {_mebibytes(eager, gradients=False)} MiB",
-    ]
+    families = ("eager", "compile", "tinybert", "textbrewer")
+    return [*(_family_cell(members, family) for family in families), _extra_memory(members)]
 
 
 def _hidden_mse_summary(members: list[Measurement]) -> list[str]:
     ceiling = _fastest([entry for entry in members if is_ceiling(entry)], "bare products float32")
-    ceiling = ceiling or _of(members, "bare products")
-    return [_cell(ceiling, decimals=2), *_hidden_summary(members)]
-
-
-def _hidden_details(entry: Measurement) -> list[str]:
+    families = ("eager", "compile", "textbrewer")
     return [
-        f"{entry['bytes_per_second'] / 1e9:.1f}",
-        f"{entry['share_of_copy']:.0%}",
-        _mebibytes(entry, gradients=False),
+        _cell(ceiling or _of(members, "bare products"), decimals=2),
+        *(_family_cell(members, family) for family in families),
+        _extra_memory(members),
+    ]
+
+
+def _hidden_cosine_summary(members: list[Measurement]) -> list[str]:
+    families = ("eager", "compile", "textbrewer")
+    return [
+        *(_family_cell(members, family) for family in families),
+        *_bandwidth(_of(members, "kdfast")),
+        _extra_memory(members),
     ]
 
 
@@ -321,12 +319,13 @@ def _training_step_summary(members: list[Measurement]) -> list[str]:
         found = (f"{1 - step['part_seconds'][part] / step['seconds']:.1%}" for step in steps)
         return " / ".join(found) or "–"
 
+    models = (milliseconds(step["part_seconds"]["models"]) for step in (fused, eager))
     return [
-        _cell(_of(members, "bare models"), decimals=2),
         _cell(eager, decimals=2),
+        " / ".join(models),
         shares("models"),
         shares("projected models"),
-        f"{_mebibytes(fused, gradients=False)} / {_mebibytes(eager, gradients=False)} MiB",
+        _extra_memory(members),
     ]
 
 
@@ -338,7 +337,6 @@ class Layout:
     summary_cells: Callable[[list[Measurement]], list[str]]
     details_header: str
     details_cells: Callable[[Measurement], list[str]]
-    memory: str
 
 
 # Of a training step on logits that are there.
@@ -348,7 +346,6 @@ DENSE = Layout(
     _dense_summary,
     "GB/s | of a copy | extra MiB",
     _dense_details,
-    memory="the peak above the inputs",
 )
 LAYOUTS = {
     "kd_loss": DENSE,
@@ -357,7 +354,6 @@ LAYOUTS = {
         _linear_kd_loss_summary,
         "× products | GFLOP/s | extra MiB",
         _linear_kd_loss_details,
-        memory="the peak above the inputs and the gradients",
     ),
     "truncated_softmax": Layout(
         "eager | torch.compile | torch.topk alone | kdfast moves | of a copy"
@@ -365,7 +361,6 @@ LAYOUTS = {
         _truncated_softmax_summary,
         "GB/s | of a copy | extra MiB",
         _dense_details,
-        memory="the peak above the logits",
     ),
     "topk_kd_loss": DENSE,
     "linear_topk_kd_loss": Layout(
@@ -374,47 +369,42 @@ LAYOUTS = {
         _linear_topk_kd_loss_summary,
         "GFLOP/s | extra MiB",
         _linear_topk_kd_loss_details,
-        memory="the peak above the inputs, gradients included",
     ),
     "attention_mse": Layout(
         "eager | torch.compile | TinyBERT | TextBrewer | extra memory, kdfast / eager",
         _attention_mse_summary,
         "extra MiB",
-        lambda entry: [_mebibytes(entry, gradients=False)],
-        memory="the peak above the inputs and the gradients",
+        lambda entry: [_extra_mebibytes(entry)],
     ),
     "hidden_mse": Layout(
-        "bare products | eager | torch.compile | TextBrewer | kdfast moves | of a copy"
-        " | extra memory, kdfast / eager",
+        "bare products | eager | torch.compile | TextBrewer | extra memory, kdfast / eager",
         _hidden_mse_summary,
         "GB/s | of a copy | extra MiB",
-        _hidden_details,
-        memory="the peak above the inputs and the gradients",
+        _dense_details,
     ),
     "hidden_cosine": Layout(
         "eager | torch.compile | TextBrewer | kdfast moves | of a copy"
         " | extra memory, kdfast / eager",
-        _hidden_summary,
+        _hidden_cosine_summary,
         "GB/s | of a copy | extra MiB",
-        _hidden_details,
-        memory="the peak above the inputs and the gradients",
+        _dense_details,
     ),
     "training_step": Layout(
-        "models alone | the papers' code | loss in the step, kdfast / the papers' code"
-        " | with the projection in the student | extra memory, kdfast / the papers' code",
+        "the papers' code | models alone, kdfast's / the papers'"
+        " | loss in the step, kdfast / the papers' code | with the projection in the student"
+        " | extra memory, kdfast / the papers' code",
         _training_step_summary,
         "× models | extra MiB",
         lambda entry: [
             f"{entry['of_ceiling']:.2f}×" if "of_ceiling" in entry else "–",
-            _mebibytes(entry, gradients=False),
+            _extra_mebibytes(entry),
         ],
-        memory="the peak above the models and the gradients",
     ),
 }
 
 
 def summary(operation: str, groups: Groups) -> str:
-    """One line for each group that was measured by hand-written code too: the README's table."""
+    """One line for each group that was measured by hand-written code too."""
     rows = []
     for group, members in groups.items():
         fused, eager = _of(members, "kdfast"), _fastest(members, "eager")
@@ -423,6 +413,61 @@ def summary(operation: str, groups: Groups) -> str:
         time = milliseconds(fused["seconds"]) if not fused["wrong"] else "wrong"
         rows.append([group, time, *LAYOUTS[operation].summary_cells(members)])
     return table(f"case | kdfast | {LAYOUTS[operation].summary_header}", rows)
+
+
+# What the README begins with: a case or two of every operation.
+HEADLINES = (
+    "kd_loss 512×50257 float32",
+    "kd_loss 128×128256 bfloat16",
+    "linear_kd_loss 1024×256/512×50257 float32",
+    "truncated_softmax 512×50257 float32 k=64",
+    "topk_kd_loss 512×50257 float32 k=64 bucket",
+    "linear_topk_kd_loss 1024×512×128256 float32 k=64 support",
+    "attention_mse 8×12×128×64 float32",
+    "attention_mse 8×12×512×64 float32",
+    "hidden_mse 8192×312→768 float32",
+    "hidden_cosine 8192×768 float32",
+)
+
+
+def headline(runs: Runs) -> str:
+    """One line for each of the HEADLINES, with the fastest of everybody else's right results."""
+    rows = []
+    for group, members in grouped(
+        [e for run in runs.values() for e in run["measurements"]]
+    ).items():
+        if group not in HEADLINES:
+            continue
+        others = [
+            entry
+            for entry in members
+            if not (entry["wrong"] or is_ceiling(entry))
+            and not entry["member"].startswith(("kdfast", "eager", "full head"))
+        ]
+        fastest = _fastest(others)
+        name = fastest["member"].replace("compile", "torch.compile") + " " if fastest else ""
+        rows.append(
+            [
+                group,
+                milliseconds(_of(members, "kdfast")["seconds"]),
+                _cell(_fastest(members, "eager")),
+                _cell(fastest, name),
+                _extra_memory(members),
+            ]
+        )
+    header = "case | kdfast | PyTorch by hand | fastest of the others"
+    return table(f"{header} | extra memory, kdfast / by hand", rows)
+
+
+def unsteady(groups: Groups) -> list[str]:
+    """Members whose rounds differ so much that their median says little."""
+    return [
+        f"Unsteady: {group}: {entry['member']}: its middle half spans "
+        f"{entry['iqr_seconds'] / entry['seconds']:.0%} of its median."
+        for group, members in groups.items()
+        for entry in members
+        if entry["iqr_seconds"] > UNSTEADY * entry["seconds"]
+    ]
 
 
 def details(operation: str, group: str, members: list[Measurement]) -> str:
@@ -465,17 +510,18 @@ def markdown(operation: str, run: Run) -> str:
     parts = [
         summary(operation, groups),
         f"Measured {run['date']} on {facts['device']} ({facts['system']}, {settings}; "
-        f"python {facts['python']}, {versions}). Medians of one run; extra memory is "
-        f"{LAYOUTS[operation].memory}.",
+        f"python {facts['python']}, {versions}). Medians of one run; extra memory is the peak "
+        "above the inputs and the gradients.",
         *(details(operation, group, members) for group, members in groups.items()),
+        *unsteady(groups),
         *(f"Absent: {member}: {reason}." for member, reason in missing.items()),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def write_between_markers(path: Path, operation: str, text: str) -> None:
-    """Replace what stands between `<!-- OPERATION:begin -->` and `<!-- OPERATION:end -->`."""
-    begin, end = f"<!-- {operation}:begin -->\n", f"<!-- {operation}:end -->"
+def write_between_markers(path: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`."""
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
     before, found, rest = path.read_text().partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
@@ -590,7 +636,10 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--plots", type=Path, default=ROOT / "docs")
     parser.add_argument(
-        "--into", type=Path, help="also write the summary between a file's OPERATION markers"
+        "--into", type=Path, help="also write the summaries between a file's OPERATION markers"
+    )
+    parser.add_argument(
+        "--headline", type=Path, help="also write what is kept between a file's headline markers"
     )
     arguments = parser.parse_args()
     runs = load(arguments.run)
@@ -609,6 +658,9 @@ def main() -> int:
             plot(main_groups, theme, arguments.plots / f"{operation}-{slug}-{theme}.svg")
         if arguments.into:
             write_between_markers(arguments.into, operation, summary(operation, groups))
+    if arguments.headline:
+        kept = load(kept_path(arguments.results, next(iter(runs.values()))["facts"]))
+        write_between_markers(arguments.headline, "headline", headline(kept))
     return int(bool(wrong_results_of_kdfast(runs)))
 
 

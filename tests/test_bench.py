@@ -702,6 +702,59 @@ def test_a_right_result_stands_for_its_family_before_a_faster_wrong_one():
     )
 
 
+def _dense_member(name: str, seconds: float, wrong: tuple[str, ...] = (), **more: object) -> dict:
+    return {
+        **{"group": "kd_loss 1", "member": name, "seconds": seconds, "wrong": [*wrong]},
+        **{"peak_bytes": 3 * MIB, "gradient_bytes": MIB, "iqr_seconds": 0.1 * seconds},
+        **{"bytes_per_second": 2e9, "share_of_copy": 0.5, **more},
+    }
+
+
+def test_a_table_shows_the_fastest_right_one_of_each_family():
+    members = [
+        _dense_member("kdfast", 1.0),
+        _dense_member("eager", 4.0, peak_bytes=9 * MIB),
+        _dense_member("compile", 3.0),
+        _dense_member("compile log-target", 2.0),
+        _dense_member("liger chunked", 2.5),
+        _dense_member("trl", 0.5, wrong=("gradient",)),
+    ]
+    assert report.summary("kd_loss", report.grouped(members)).splitlines()[-1] == (
+        "| kd_loss 1 | 1000 ms | 4000 ms (4.0×) | log-target 2000 ms (2.0×) "
+        "| liger chunked 2500 ms (2.5×) | 2.0 GB/s | 50% | 2 / 8 MiB |"
+    )
+
+
+def test_the_headline_is_the_fastest_right_one_of_everybody_else(monkeypatch):
+    monkeypatch.setattr(report, "HEADLINES", ("kd_loss 1",))
+    members = [
+        _dense_member("kdfast", 1.0),
+        _dense_member("kdfast overwrite", 0.5),
+        _dense_member("quack softmax", 0.7, is_ceiling=True),
+        _dense_member("eager", 4.0),
+        _dense_member("compile", 3.0),
+        _dense_member("trl", 0.5, wrong=("gradient",)),
+        _dense_member("kdfast", 1.0, group="kd_loss 2"),
+    ]
+    _, _, row = report.headline({"kd_loss": {"measurements": members}}).splitlines()
+    assert row == (
+        "| kd_loss 1 | 1000 ms | 4000 ms (4.0×) | torch.compile 3000 ms (3.0×) | 2 / 2 MiB |"
+    )
+
+
+def test_every_headline_is_measured():
+    kept = report.load(BENCH / "results" / "cpu-2core.json")
+    shown = report.headline(kept)
+    assert [group for group in report.HEADLINES if f"| {group} |" not in shown] == []
+
+
+def test_rounds_that_differ_much_are_named():
+    members = [_dense_member("kdfast", 1.0), _dense_member("eager", 4.0, iqr_seconds=2.0)]
+    assert report.unsteady(report.grouped(members)) == [
+        "Unsteady: kd_loss 1: eager: its middle half spans 50% of its median."
+    ]
+
+
 def test_a_shape_that_makes_no_sense_is_refused():
     command = [sys.executable, "-m", "pytest", BENCH, "--shape=512:50257:float32"]
     result = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=False)

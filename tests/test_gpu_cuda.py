@@ -11,7 +11,7 @@ import pytest
 import torch
 
 # Collected here a second time, for this backend.
-from test_gpu import (  # noqa: F401
+from test_gpu_kd_loss import (  # noqa: F401
     _free_memory,
     logits,
     loss_and_gradient,

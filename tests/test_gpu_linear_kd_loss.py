@@ -101,16 +101,14 @@ def test_softcap(dtype):
     assert_same(result, oracle(arguments, softcap=5.0), dtype)
 
 
-@pytest.mark.parametrize("divisor", [1.0, 1e8])
-def test_float16_gradients_do_not_underflow(divisor):
+def test_float16_gradients_do_not_underflow():
     arguments = heads(40, 32003, dtype=torch.float16)
-    scale = torch.tensor(65536.0, device="cuda")
+    scale, divisor = torch.tensor(65536.0, device="cuda"), 1e8
     result = loss_and_gradients(arguments, None, scale, num_items=divisor)
     expected = oracle(arguments)
     factor = 40 / divisor * 65536
     for name, gradient in result[1].items():
-        if divisor > 1:
-            assert relative_error(gradient, factor * expected[1][name]) < PRODUCTS[torch.float16]
+        assert relative_error(gradient, factor * expected[1][name]) < PRODUCTS[torch.float16]
 
 
 def test_ignored_rows_may_hold_nan():

@@ -924,7 +924,7 @@ PAIR = TruncatedSoftmax(torch.zeros(4, 2), torch.tensor([0, 1]).expand(4, 2))
         ({"token_weight": torch.zeros(4, 9)}, ValueError, "token_weight must have"),
         ({"temperature": 0}, ValueError, "temperature must be finite and above 0, got 0"),
         ({"temperature": torch.zeros(4)}, ValueError, "temperature must be finite and above 0 for"),
-        ({"num_items": 0}, ValueError, "num_items must be"),
+        ({"num_items": -1}, ValueError, "num_items must be"),
         ({"student_logits": torch.zeros(9, 4).t(), "overwrite_student_logits": True}, ValueError,
          "overwrite_student_logits needs"),
     ],

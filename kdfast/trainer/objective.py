@@ -523,7 +523,9 @@ class Objective:
             total, soft_loss, _ = call(labels=labels_of(tokens), num_items=num_tokens, alpha=1.0)
             total = soft * total
             if labels is not None:
-                of_labels, _, hard_loss = call(labels=labels, num_items=num_items, alpha=0.0)
+                # Without a weight it is logged, and needs no gradient.
+                with torch.set_grad_enabled(torch.is_grad_enabled() and hard > 0):
+                    of_labels, _, hard_loss = call(labels=labels, num_items=num_items, alpha=0.0)
                 total = total + hard * of_labels
         terms = {"soft_loss": soft_loss}
         if labels is not None:
