@@ -829,3 +829,18 @@ def test_the_defaults_on_the_settings_page():
     assert f"{head.CHUNK_BYTES['cpu']} (128 MiB) on the CPU" in rows["KDFAST_CHUNK_BYTES"]
     assert f"{head.CHUNK_BYTES['cuda']} (1 GiB) elsewhere" in rows["KDFAST_CHUNK_BYTES"]
     assert f"{hidden.PROJECTED_BYTES >> 20} MiB" in rows["KDFAST_CHUNK_BYTES"]
+
+
+@pytest.mark.parametrize("name", ["generalized_jsd_loss", "LigerFusedLinearJSD"])
+def test_labels_of_few_bits(name):
+    """156 is no −100, though the two have the same eight bits."""
+    hidden, weight = torch.randn(2, 3, 8), torch.randn(2, 200, 8)
+    labels = torch.tensor([156, 1, 2])
+
+    def loss(labels):
+        if name == "generalized_jsd_loss":
+            return trl.generalized_jsd_loss(*(hidden @ weight.mT), labels)
+        distill = liger.LigerFusedLinearJSD()
+        return distill(hidden[0], weight[0], hidden[1], weight[1], labels)
+
+    assert torch.equal(loss(labels.to(torch.uint8)), loss(labels))

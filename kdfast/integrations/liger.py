@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from kdfast.ops.arguments import INTEGER, check_floating, check_number, check_per_token
+from kdfast.ops.arguments import check_floating, check_number
 from kdfast.ops.linear_kd_loss import linear_kd_loss
+from kdfast.ops.tokens import checked_labels
 
 # For labels that only say which tokens count.
 IGNORED = -100
@@ -98,8 +99,8 @@ class LigerFusedLinearJSDLoss(nn.Module):
                 f"student_weight must have at most the {teacher_rows} rows of teacher_weight, "
                 f"got {rows}"
             )
-        check_per_token(
-            "true_labels", true_labels, student_input.shape[:-1], student_input.device, INTEGER
+        true_labels = checked_labels(
+            "true_labels", true_labels, student_input.shape[:-1], student_input.device
         )
         ignore_index = self.ignore_index
         if self.weight_hard_loss == 0 and not self.return_soft_hard_loss:
@@ -190,12 +191,8 @@ class LigerFusedLinearJSD(nn.Module):
                 f"teacher_weight must have student_weight's {rows} rows, got {teacher_rows}"
             )
         if shift_labels is not None:
-            check_per_token(
-                "shift_labels",
-                shift_labels,
-                student_input.shape[:-1],
-                student_input.device,
-                INTEGER,
+            shift_labels = checked_labels(
+                "shift_labels", shift_labels, student_input.shape[:-1], student_input.device
             )
             shift_labels = _counted(shift_labels, self.ignore_index)
         return linear_kd_loss(

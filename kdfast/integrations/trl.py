@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from kdfast.ops.arguments import INTEGER, check_floating, check_number, check_per_token
+from kdfast.ops.arguments import check_floating, check_number
 from kdfast.ops.kd_loss import kd_loss
+from kdfast.ops.tokens import checked_labels
 
 # What TRL's collators put where a token does not count.
 IGNORED = -100
@@ -88,9 +89,9 @@ def generalized_jsd_loss(
     if num_items_in_batch is not None and not isinstance(num_items_in_batch, Tensor):
         check_number("num_items_in_batch", num_items_in_batch, 0, open_low=True)
     if labels is not None:
-        check_per_token("labels", labels, tuple(tokens), student_logits.device, INTEGER)
+        labels = checked_labels("labels", labels, tuple(tokens), student_logits.device)
         # There is no hard term, so a label need not be an entry of the vocabulary.
-        labels = torch.where(labels.long() == IGNORED, IGNORED, 0)
+        labels = torch.where(labels == IGNORED, IGNORED, 0)
 
     divisor = num_items_in_batch
     if divisor is None and reduction == "mean":

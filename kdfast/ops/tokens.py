@@ -53,9 +53,7 @@ def checked_keywords(
     check_flag("scale_t2", scale_t2)
     check_flag("return_parts", return_parts)
     if labels is not None:
-        check_per_token("labels", labels, tokens, device, INTEGER)
-        # Beside a narrower label, neither the vocabulary's size nor ignore_index need fit.
-        labels = labels.long()
+        labels = checked_labels("labels", labels, tokens, device)
     elif alpha < 1:
         raise ValueError(
             f"labels are needed for the hard term of alpha={alpha}; pass labels, or alpha=1.0"
@@ -82,6 +80,12 @@ def checked_keywords(
         "reduction": reduction,
         "need_parts": return_parts,
     }
+
+
+def checked_labels(name: str, labels: Tensor, tokens: torch.Size, device: torch.device) -> Tensor:
+    """Labels as int64: narrower ones may hold neither the vocabulary's size nor ignore_index."""
+    check_per_token(name, labels, tokens, device, INTEGER)
+    return labels.long()
 
 
 def split_temperature(
